@@ -1,0 +1,47 @@
+"""Adapters that shard the way the layer they adapt is sharded.
+
+    model = build on meta                                     # shapes only
+    parallelize_module(model, mesh, plan)                     # base weights become DTensors
+    mapper = inject_peft_and_freeze(method, model)            # layers wrapped, factors placed after the base
+    fully_shard(block) for each block; fully_shard(model)     # FSDP2 or HSDP
+    model.to_empty(device=...)                                # memory, no values yet
+    load_checkpoint(model, path, mapper, skip=factors)        # each rank reads the bytes of its shard
+    method.initialise(model)                                  # starts that need the real weights
+    train; merge_peft(method, model)                          # or save the adapter
+"""
+
+from d9d_lora.inject import inject_peft_and_freeze, merge_peft, unmerge_peft
+from d9d_lora.method import PeftInjectionResult, PeftMethod
+from d9d_lora.methods.full_tune import FullTune, FullTuneConfig
+from d9d_lora.methods.lora import LoRA, LoRAConfig, LoRALinear, LoRAParameters
+from d9d_lora.methods.stack import PeftStack, PeftStackConfig
+from d9d_lora.registry import peft_method_from_config
+from d9d_lora.state.mappers import (
+    ModelStateMapper,
+    ModelStateMapperParallel,
+    ModelStateMapperRename,
+    ModelStateMapperSequential,
+    StateGroup,
+)
+
+__all__ = [
+    "FullTune",
+    "FullTuneConfig",
+    "LoRA",
+    "LoRAConfig",
+    "LoRALinear",
+    "LoRAParameters",
+    "ModelStateMapper",
+    "ModelStateMapperParallel",
+    "ModelStateMapperRename",
+    "ModelStateMapperSequential",
+    "PeftInjectionResult",
+    "PeftMethod",
+    "PeftStack",
+    "PeftStackConfig",
+    "StateGroup",
+    "inject_peft_and_freeze",
+    "merge_peft",
+    "peft_method_from_config",
+    "unmerge_peft",
+]

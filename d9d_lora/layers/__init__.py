@@ -1,0 +1,17 @@
+"""The layer kinds, asked in order. A new kind is one file and one row here."""
+
+from torch import nn
+
+from d9d_lora.layers.base import AdaptedLayer, Factor
+from d9d_lora.layers.embedding import AdaptedEmbedding
+from d9d_lora.layers.linear import AdaptedConv1D, AdaptedLinear
+
+LAYERS: list[type[AdaptedLayer]] = [AdaptedConv1D, AdaptedLinear, AdaptedEmbedding]
+
+
+def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
+    """The layer kind that adapts a module, or None."""
+    return next((kind for kind in LAYERS if kind.fits(module)), None)
+
+
+__all__ = ["LAYERS", "AdaptedConv1D", "AdaptedEmbedding", "AdaptedLayer", "AdaptedLinear", "Factor", "kind_of"]

@@ -1,0 +1,223 @@
+"""WHERE a delta is applied: a layer kept whole as `base`, with the delta's factors beside it.
+
+[Note: names of an adapted weight]
+A layer `q_proj` becomes an adapted layer of the same name: its weight is `q_proj.base.weight`, its factors are
+`q_proj.lora_A.weight` and so on. `state/names.py` is the only file that spells these for files on disk.
+
+[Note: hooks move with the layer]
+`parallelize_module` puts its input and output hooks on the base. The base's collective is its output hook, and the adapter
+must be added before it: so the adapted layer takes the base's forward hooks over, and gives them back when it is removed.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from d9d_lora.dropout import AdapterDropout, Clock
+from d9d_lora.methods.delta import Delta
+from d9d_lora.placement import Placing, box_of, fill_, full_of, local_of, sum_after_backward
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+_MERGE_BLOCK = 1 << 24  # elements of a base weight folded at a time: bounds the fp32 copy a merge makes
+
+
+class Factor(nn.Module):
+    """One factor of a delta: a weight under a name of its own."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}"
+
+
+class AdaptedLayer(nn.Module):
+    """A base layer with a delta. Subclasses say how the base's weight is a matrix and how the update is applied.
+
+    Attributes:
+        base: The layer as it was, frozen.
+        delta: What is learned; its factors are children of this module, by their names (`lora_A`, `lora_B`).
+        dropout: Dropout on the input of the adapter's path.
+        placing: Where the base's weight lies, hence where the factors lie.
+    """
+
+    weight_axes: ClassVar[str]
+    lookup: ClassVar[bool] = False
+    base: nn.Module
+    dropout: AdapterDropout
+
+    def __init__(
+        self, base: nn.Module, delta: Delta, *, name: str = "", seed: int = 0, clock: Clock | None = None
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.delta = delta
+        self.name = name
+        self.seed = seed
+        self.dropout = AdapterDropout(delta.dropout, name, clock)
+        self.placing = Placing.of(base.weight, self.weight_axes, name or type(base).__name__)  # type: ignore[arg-type]
+        self.sums_own_parts = True
+        weight: Tensor = base.weight  # type: ignore[assignment]
+        dtype = adapter_dtype(weight.dtype)
+        for factor, shape in delta.shapes(self.out_size, self.in_size).items():
+            whole = torch.empty(shape, dtype=dtype, device=weight.device)
+            self.add_module(factor, Factor(self.placing.distribute(whole, delta.axes[factor])))
+        self._watch_parts()
+        self.reset_parameters()
+
+    # -- what a layer kind says --------------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether this kind of layer can adapt the module."""
+
+    @staticmethod
+    @abstractmethod
+    def refuses(module: nn.Module) -> str | None:
+        """Why a module that fits cannot be adapted all the same, as a sentence; None if it can."""
+
+    # -- the weight as a matrix --------------------------------------------------------------------------------------------
+
+    @property
+    def out_size(self) -> int:
+        return self.base.weight.shape[self.weight_axes.index("O")]  # type: ignore[union-attr,index]
+
+    @property
+    def in_size(self) -> int:
+        return self.base.weight.shape[self.weight_axes.index("I")]  # type: ignore[union-attr,index]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A view of a weight (whole or part) as [O, I]."""
+        return weight if self.weight_axes == "OI" else weight.T
+
+    def factor(self, name: str) -> nn.Parameter:
+        return self._modules[name].weight  # type: ignore[union-attr,return-value]
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The factors as parameters, by name."""
+        return {name: self.factor(name) for name in self.delta.axes}
+
+    def local_factors(self, dtype: torch.dtype, *, parts: bool) -> tuple[Tensor, Tensor]:
+        """(B, A) of this rank in the dtype the layer computes in: factors are small, so they are cast and x never is."""
+        f = {
+            name: self.placing.local(self.factor(name), axes, parts=parts and self.sums_own_parts).to(dtype)
+            for name, axes in self.delta.axes.items()
+        }
+        return self.delta.factors(f)
+
+    def reset_parameters(self) -> None:
+        """Starts every factor from (seed, name): the same values on every layout. Does nothing on meta."""
+        for name, p in self.factors().items():
+            fill_(p, self.delta.start(name, lookup=self.lookup), seed=self.seed, name=f"{self.name}.{name}")
+
+    # -- placement ---------------------------------------------------------------------------------------------------------
+
+    def parameters_in_parts(self) -> Iterator[nn.Parameter]:
+        """The trainable parameters of which each tensor-parallel rank computes only a part of the gradient."""
+        if self.placing.letter is None:
+            return
+        for name, axes in self.delta.axes.items():
+            if self.placing.letter not in axes:
+                yield self.factor(name)
+        bias = getattr(self.base, "bias", None)
+        if self.placing.letter == "I" and isinstance(bias, nn.Parameter) and bias.requires_grad:
+            yield bias
+
+    def _watch_parts(self) -> None:
+        if self.placing.mesh is not None:
+            for p in [*self.factors().values(), getattr(self.base, "bias", None)]:
+                if isinstance(p, nn.Parameter):
+                    sum_after_backward(p)
+
+    def follow_base(self) -> Self:
+        """Places the factors after a base that was sharded since the injection, and takes over the hooks it got."""
+        self.placing = Placing.of(self.base.weight, self.weight_axes, self.name)  # type: ignore[arg-type]
+        for name, axes in self.delta.axes.items():
+            old = self.factor(name)
+            if not hasattr(old, "placements"):
+                new = nn.Parameter(self.placing.distribute(old.detach(), axes), requires_grad=old.requires_grad)
+                self._modules[name].weight = new  # type: ignore[union-attr]
+        self._watch_parts()
+        return self.take_over()
+
+    def take_over(self) -> Self:
+        """[Note: hooks move with the layer]"""
+        _move_hooks(self.base, self)
+        return self
+
+    def give_back(self) -> nn.Module:
+        """The base, with its hooks; this layer must not be called any more."""
+        _move_hooks(self, self.base)
+        return self.base
+
+    # -- merge -------------------------------------------------------------------------------------------------------------
+
+    def whole_factors(self) -> dict[str, Tensor]:
+        """Every factor whole, in fp32 (fp64 for fp64). Collective, but only rank-r factors travel."""
+        return {name: at_least_fp32(full_of(p.detach())) for name, p in self.factors().items()}
+
+    @torch.no_grad()
+    def merge_with_base_(self, whole: dict[str, Tensor] | None = None) -> nn.Module:
+        """Folds the update into the base's weight in place, each rank its own box, and returns the base.
+
+        The sum is taken in fp32 and rounded once. `whole` are factors gathered before, so that a caller can check them first.
+        """
+        whole = whole or self.whole_factors()
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        box = box_of(weight)
+        rows, cols = (box[self.weight_axes.index(letter)] for letter in "OI")
+        matrix = self.matrix(local_of(weight))
+        step = max(1, _MERGE_BLOCK // max(1, cols.stop - cols.start))
+        for start in range(rows.start, rows.stop, step):
+            block = slice(start, min(start + step, rows.stop))
+            target = matrix[start - rows.start : block.stop - rows.start]
+            update = self.delta.update(whole, block, cols)
+            target.copy_(target.to(update.dtype) + update)
+        return self.give_back()
+
+    # -- being a good stand-in for the layer -------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not ours is the base's: models read `.weight`, `.in_features` or `.embedding_dim` of their layers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None:
+                raise
+            return getattr(base, name)
+
+    def extra_repr(self) -> str:
+        return f"{self.delta}, {self.placing}"
+
+
+def adapter_dtype(base: torch.dtype) -> torch.dtype:
+    """Factors are trained in fp32 beside a half-precision base; a half-precision factor loses most of a small update."""
+    return base if base in (torch.float32, torch.float64) else torch.float32
+
+
+def at_least_fp32(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _move_hooks(source: nn.Module, target: nn.Module) -> None:
+    # The dictionaries themselves move, not their entries: handles returned by register_* hold references to them.
+    for attribute in _HOOKS:
+        ours, theirs = getattr(source, attribute), getattr(target, attribute)
+        if ours and not theirs:
+            setattr(target, attribute, ours)
+            setattr(source, attribute, type(ours)())
+        elif ours:
+            theirs.update(ours)
+            ours.clear()

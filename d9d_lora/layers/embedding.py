@@ -1,0 +1,75 @@
+"""y = E[ids] + s (A^T)[ids] B^T, with E[V,D] a transposed matrix: I is the vocabulary V, O is the width D.
+
+Here A starts at zero and B from a normal distribution (loralib, PEFT): looking up a row of a Kaiming A would give values of
+size 1/sqrt(V), which learn far too slowly.
+"""
+
+from torch import Tensor, nn
+from torch.distributed.tensor import Replicate
+from torch.nn.functional import embedding, linear
+
+from d9d_lora.layers.base import AdaptedLayer
+
+
+class AdaptedEmbedding(AdaptedLayer):
+    """An adapted `nn.Embedding`; its rows may be scaled by the layer (`embed_scale`, as Gemma's are)."""
+
+    weight_axes = "IO"
+    lookup = True
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
+
+    @staticmethod
+    def refuses(module: nn.Module) -> str | None:
+        assert isinstance(module, nn.Embedding)
+        if module.max_norm is not None:
+            return "max_norm rewrites its weight in every forward, which a frozen base must not do; build the layer without it"
+        if module.sparse:
+            return "it is sparse, and adapters have dense gradients; build the layer with sparse=False"
+        return None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., D]."""
+        if self.placing.mesh is None:
+            return self.base(ids) + self.low_rank(ids, parts=False)
+        h, parts = self.placing.enter(ids, Replicate(), self.name)
+        if self.placing.letter == "I":
+            y = self.rows_here(h, parts=parts)
+        else:
+            y = self.local_base(h) + self.low_rank(h, parts=parts)
+        return self.placing.leave(y, ids, self.out_size)
+
+    def low_rank(self, ids: Tensor, *, parts: bool) -> Tensor:
+        """s (A^T)[ids] B^T for ids that count from this rank's first row."""
+        B, A = self.local_factors(self.base.weight.dtype, parts=parts)  # type: ignore[arg-type,union-attr]
+        z = embedding(ids, A.T, self.padding_here())
+        return linear(z * (self.delta.scaling * self.scale_of_rows()), B)
+
+    def rows_here(self, ids: Tensor, *, parts: bool) -> Tensor:
+        """Vocabulary-parallel: rows of other ranks count as zero, so the output is a Partial sum of one whole and zeros."""
+        start, length = self.placing.span(self.in_size, "I")
+        if length == 0:
+            raise ValueError(f"{self.name}: {self.in_size} rows on {self.placing} ranks leave a rank without any")
+        elsewhere = (ids < start) | (ids >= start + length)
+        here = (ids - start).masked_fill(elsewhere, 0)
+        y = self.local_base(here) + self.low_rank(here, parts=parts)
+        return y.masked_fill(elsewhere.unsqueeze(-1), 0)
+
+    def local_base(self, ids: Tensor) -> Tensor:
+        weight = self.placing.local(self.base.weight, self.weight_axes, parts=False)  # type: ignore[arg-type]
+        y = embedding(ids, weight)
+        return y if self.scale_of_rows() == 1 else y * y.new_tensor(self.scale_of_rows())
+
+    def padding_here(self) -> int | None:
+        """The padding row, which has no gradient, as a local number; None where it is not on this rank."""
+        padding: int | None = self.base.padding_idx  # type: ignore[assignment]
+        if padding is None:
+            return None
+        start, length = self.placing.span(self.in_size, "I")
+        return padding - start if start <= padding < start + length else None
+
+    def scale_of_rows(self) -> float:
+        # Gemma keeps the number beside a buffer of it; the buffer holds rubbish between a meta build and its initialisation.
+        return float(getattr(self.base, "scalar_embed_scale", getattr(self.base, "embed_scale", 1.0)))

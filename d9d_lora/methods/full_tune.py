@@ -1,0 +1,55 @@
+"""Full tuning of chosen modules: dW is W itself. No adapter is added; the modules' own parameters are trained."""
+
+from re import Pattern
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from d9d_lora.layers import AdaptedLayer
+from d9d_lora.method import InjectionError, PeftInjectionResult, PeftMethod, names_of_modules, refuse_sharded
+from d9d_lora.targets import NoMatch, hint
+
+
+class FullTuneConfig(BaseModel):
+    """`kind: full_tune`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["full_tune"] = "full_tune"
+    module_name_pattern: Pattern[str] = Field(description="regular expression that must match a module's full name from end to end")
+
+
+class FullTune(PeftMethod[FullTuneConfig]):
+    """Trains every parameter of the matching modules."""
+
+    kind = "full_tune"
+
+    def __init__(self, config: FullTuneConfig) -> None:
+        self.config = config
+
+    def inject(self, module: nn.Module) -> PeftInjectionResult:
+        refuse_sharded(module)
+        names = names_of_modules(module)
+        matched = [(ns, m) for ns, m in names if any(self.config.module_name_pattern.fullmatch(n) for n in ns)]
+        params = {id(p): p for _, m in matched for p in m.parameters()}
+        if not params:
+            raise NoMatch(
+                f"full_tune: {self.config.module_name_pattern.pattern!r} matches no module with parameters"
+                + hint(self.config.module_name_pattern.pattern, [n for ns, m in names for n in ns if any(m.parameters(False))])
+            )
+        for ns, m in matched:
+            adapted = next((a for a in m.modules() if isinstance(a, AdaptedLayer)), None)
+            if adapted is not None:
+                raise InjectionError(
+                    f"full_tune: {ns[0]} holds {adapted.name}, which has an adapter ({adapted.delta}): its base would no longer be "
+                    "frozen. Narrow one of the two patterns."
+                )
+        return PeftInjectionResult(list(params.values()), [])
+
+    def merge(self, module: nn.Module) -> None:
+        """Nothing to do: the base parameters themselves were trained."""
+
+    @classmethod
+    def from_config(cls, config: FullTuneConfig) -> Self:
+        return cls(config)

@@ -1,0 +1,133 @@
+"""LoRA: y = x W^T + s drop(x) A^T B^T, dW = s B A, W[O,I], A[R,I], B[O,R].
+
+s = alpha / r, or alpha / sqrt(r) with `scaling: rslora`. At the start B = 0 and A is Kaiming-uniform with a = sqrt(5), that is
+uniform in +-1/sqrt(I), so dW = 0; where the input is an index (embeddings), A = 0 and B is normal.
+
+Hu et al. 2021, arXiv:2106.09685; rank stabilisation: Kalajdzievski 2023, arXiv:2312.03732.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from d9d_lora.dropout import Clock
+from d9d_lora.layers import AdaptedLayer, AdaptedLinear
+from d9d_lora.method import AdapterConfig, AdapterMethod, Site
+from d9d_lora.methods.delta import Delta, Draw
+
+
+class LoRAParameters(BaseModel):
+    """Hyperparameters of a LoRA layer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    r: int = Field(8, ge=0, description="rank; 0 leaves the matched layers alone (as loralib does)")
+    alpha: float = Field(8, description="scale of the update: s = alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
+    scaling: Literal["lora", "rslora"] = Field("lora", description="s = alpha / r, or alpha / sqrt(r), which suits high ranks")
+
+
+class LoRAConfig(AdapterConfig):
+    """`kind: lora`."""
+
+    kind: Literal["lora"] = "lora"
+    params: LoRAParameters = Field(default_factory=LoRAParameters)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class LoRADelta(Delta):
+    """dW = scaling * B A."""
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+    rule: Literal["lora", "rslora"] = "lora"
+    kind = "lora"
+    axes = {"lora_A": "RI", "lora_B": "OR"}
+
+    @property
+    def scaling(self) -> float:  # type: ignore[override]
+        return self.alpha / (math.sqrt(self.r) if self.rule == "rslora" else self.r)
+
+    def sizes(self, out: int, into: int) -> dict[str, int]:
+        return {"O": out, "I": into, "R": self.r}
+
+    def start(self, factor: str, *, lookup: bool) -> Draw | None:
+        if lookup:
+            return None if factor == "lora_A" else lambda w, g: w.normal_(generator=g)
+        if factor == "lora_B":
+            return None
+        return lambda w, g: w.uniform_(-1 / math.sqrt(w.shape[1]), 1 / math.sqrt(w.shape[1]), generator=g)
+
+    def factors(self, f: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return f["lora_B"], f["lora_A"]
+
+    def __str__(self) -> str:
+        return f"{self.kind} r={self.r} alpha={self.alpha:g}" + (" rslora" if self.rule == "rslora" else "")
+
+
+def delta_of(params: LoRAParameters, *, r: int | None = None, alpha: float | None = None) -> LoRADelta:
+    """The delta that a layer's hyperparameters describe, with its own rank and alpha where a pattern gives them."""
+    return LoRADelta(params.r if r is None else r, params.alpha if alpha is None else alpha, params.dropout, params.scaling)
+
+
+class LoRALinear(AdaptedLinear):
+    """`nn.Linear` with LoRA factors `lora_A[r, in]` and `lora_B[out, r]`, beside its `base`.
+
+    Args:
+        base_layer: The layer to adapt, with or without a bias; it is kept, not copied.
+        params: Rank, alpha and dropout.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        params: LoRAParameters,
+        *,
+        name: str = "",
+        seed: int = 0,
+        clock: Clock | None = None,
+        delta: LoRADelta | None = None,
+    ) -> None:
+        if params.r == 0 and delta is None:
+            raise ValueError("LoRALinear needs r >= 1; with r = 0 there is no adapter: use the layer as it is")
+        super().__init__(base_layer, delta or delta_of(params), name=name, seed=seed, clock=clock)
+        if clock is None:
+            self.take_over()
+
+
+class LoRA(AdapterMethod[LoRAConfig]):
+    """Low-rank adaptation of linear layers, GPT-2's Conv1D and embeddings, on every layout of their weights."""
+
+    kind = "lora"
+
+    def delta_for(self, name: str) -> LoRADelta | None:
+        params = self.config.params
+        r = self.config.rank(name, params.r)
+        return delta_of(params, r=r, alpha=self.config.alpha(name, params.alpha)) if r else None
+
+    def wrap(self, site: Site, clock: Clock) -> AdaptedLayer:
+        if site.layer is AdaptedLinear:
+            assert isinstance(site.base, nn.Linear) and isinstance(site.delta, LoRADelta)
+            return LoRALinear(
+                site.base, self.config.params, name=site.names[0], seed=self.config.seed, clock=clock, delta=site.delta
+            )
+        return super().wrap(site, clock)
+
+    def adapter_config(self) -> dict[str, object]:
+        c, p = self.config, self.config.params
+        return {
+            "peft_type": "LORA",
+            "r": p.r,
+            "lora_alpha": p.alpha,
+            "lora_dropout": p.dropout,
+            "use_rslora": p.scaling == "rslora",
+            "bias": c.bias,
+            "rank_pattern": c.rank_pattern,
+            "alpha_pattern": c.alpha_pattern,
+            "modules_to_save": c.modules_to_save,
+        }

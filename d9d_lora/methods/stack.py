@@ -1,0 +1,84 @@
+"""Several methods on one model, in order: for example LoRA on attention and full tuning of the norms. Undone in reverse order."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
+from torch import Tensor, nn
+
+from d9d_lora.method import PeftInjectionResult, PeftMethod, refuse_adapted
+from d9d_lora.registry import config_from, peft_method_from_config
+
+
+class PeftStackConfig(BaseModel):
+    """`kind: stack`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["stack"] = "stack"
+    methods: list[SerializeAsAny[BaseModel]] = Field(min_length=1, description="configs of the methods, applied in order")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _known_kinds(cls, methods: Sequence[Any]) -> list[BaseModel]:
+        return [config_from(m) for m in methods]
+
+
+class PeftStack(PeftMethod[PeftStackConfig]):
+    """Applies methods in order; all of them or none."""
+
+    kind = "stack"
+
+    def __init__(self, methods: Sequence[PeftMethod]) -> None:
+        self.methods = list(methods)
+
+    @classmethod
+    def from_config(cls, config: PeftStackConfig) -> Self:
+        return cls([peft_method_from_config(m) for m in config.methods])
+
+    def inject(self, module: nn.Module) -> PeftInjectionResult:
+        refuse_adapted(module)
+        return self.extend(module)
+
+    def extend(self, module: nn.Module) -> PeftInjectionResult:
+        train: dict[int, nn.Parameter] = {}
+        whole = PeftInjectionResult([], [])
+        done: list[PeftMethod] = []
+        try:
+            for method in self.methods:
+                result = method.extend(module)
+                done.append(method)
+                train |= {id(p): p for p in result.parameters_to_train}
+                whole.load_state_mappers += result.load_state_mappers
+                whole.passed_over += result.passed_over
+        except Exception:
+            for method in reversed(done):
+                method.remove(module)
+            raise
+        whole.parameters_to_train = list(train.values())
+        return whole
+
+    def merge(self, module: nn.Module) -> None:
+        for method in reversed(self.methods):
+            method.merge(module)
+
+    def unmerge(self, module: nn.Module) -> None:
+        for method in self.methods:
+            method.unmerge(module)
+
+    def remove(self, module: nn.Module) -> None:
+        for method in reversed(self.methods):
+            method.remove(module)
+
+    def initialise(self, module: nn.Module, batches: Iterable[Any] = ()) -> None:
+        for method in self.methods:
+            method.initialise(module, batches)
+
+    def after_step(self, module: nn.Module, step: int) -> None:
+        for method in self.methods:
+            method.after_step(module, step)
+
+    def extra_loss(self, module: nn.Module) -> Tensor | None:
+        terms = [t for t in (m.extra_loss(module) for m in self.methods) if t is not None]
+        return torch.stack(terms).sum() if terms else None

@@ -1,0 +1,216 @@
+"""Everything parallel about an adapter, in one file.
+
+Letters name axes, here and everywhere: `O` out, `I` in, `R` rank; W[O,I] is the frozen weight, dW = s B A with B[O,R] and A[R,I].
+
+The one rule: the adapter's output is in the same parallel state as the base's output *before the base's own collective*, and
+the two are added there. So an adapter adds no activation traffic of its own:
+
+    base                 A           B           output     gradient that is only this rank's part
+    column, O sharded    Replicate   Shard(O)    Shard(-1)  A, and x (which shares the base's own reduction)
+    row,    I sharded    Shard(I)    Replicate   Partial    B, and the bias
+    replicated           Replicate   Replicate   as x       none (both, when x is a shard of the tokens)
+
+A factor that has the sharded letter is sharded along it; one that has not is replicated, and each rank computes only a part of
+its gradient. See [Note: who sums the replicated factor's gradient].
+
+[Note: who sums the replicated factor's gradient]
+By default the part is labelled `Partial`, and whoever meets it reduces it: FSDP2 before its reduce-scatter, DTensor operators,
+or, where neither stands between, a hook on the parameter (`sum_after_backward`). Plain loops that know nothing of us are right.
+A trainer that can do better calls `ReplicatedSum(model)`: the parts are then labelled as the parameter is, and `reduce()` adds all of
+them in one flat all-reduce per optimiser step, after FSDP2's reduce-scatter and before the clip. Never do both: the sum
+would be taken twice.
+
+[Note: starts do not depend on the layout]
+DTensor's own random operators give every shard of a CPU mesh the same values. So each factor is drawn whole, on the CPU, by a
+generator seeded from (seed, full name), and each rank keeps its part (`fill_`).
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Where a layer's weight lies: the tensor-parallel mesh, and the letter of the axis which that mesh shards."""
+
+    mesh: DeviceMesh | None = None
+    letter: str | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, axes: str, site: str) -> "Placing":
+        """Reads the placement of a base weight whose dimensions are `axes`, for example "OI"."""
+        if not isinstance(weight, DTensor):
+            return cls()
+        if weight.device_mesh.ndim != 1:
+            raise ValueError(
+                f"{site}: its weight lies on the {weight.device_mesh.ndim}-D mesh {weight.device_mesh}, and an adapter follows the "
+                "tensor-parallel axis alone. Apply the tensor-parallel plan, inject, and only then call fully_shard."
+            )
+        (placement,) = weight.placements
+        if placement.is_replicate():
+            return cls(weight.device_mesh, None)
+        if not isinstance(placement, Shard):
+            raise ValueError(f"{site}: its weight is {placement}; expected Shard or Replicate.")
+        return cls(weight.device_mesh, axes[placement.dim])
+
+    def of_factor(self, axes: str) -> Placement:
+        """The placement of a factor whose dimensions are `axes`: sharded along the base's letter if it has it."""
+        return Shard(axes.index(self.letter)) if self.letter and self.letter in axes else Replicate()
+
+    def distribute(self, factor: Tensor, axes: str) -> Tensor:
+        """Gives each rank its part of a factor; no communication, so its values must come from `fill_`."""
+        if self.mesh is None:
+            return factor
+        return distribute_tensor(factor, self.mesh, [self.of_factor(axes)], src_data_rank=None)
+
+    def span(self, size: int, letter: str) -> tuple[int, int]:
+        """(start, length) of this rank's part of an axis of `size` named `letter`."""
+        if self.mesh is None or letter != self.letter:
+            return 0, size
+        (length,), (start,) = compute_local_shape_and_global_offset((size,), self.mesh, [Shard(0)])
+        return start, length
+
+    def enter(self, x: Tensor, wanted: Placement | None, site: str) -> tuple[Tensor, bool]:
+        """The local part of a layer's input, and whether the gradients of replicated factors are parts.
+
+        `wanted` is the state the layer computes in; None takes x as it comes. The hooks that `parallelize_module` put on the
+        layer have already brought x there, so nothing travels here.
+        """
+        if self.mesh is None:
+            return x, False
+        if not isinstance(x, DTensor):
+            raise ValueError(
+                f"{site}: its weight is tensor-parallel, but its input is a plain tensor of shape {tuple(x.shape)}, of which nobody "
+                "can say what part it is. Use the styles of torch.distributed.tensor.parallel (they annotate inputs), or DTensors."
+            )
+        if wanted is not None and x.placements != (wanted,):
+            x = x.redistribute(placements=[wanted])
+        (state,) = x.placements
+        grad_state: Placement = Partial() if self.letter == "O" else state
+        local = x.to_local(grad_placements=[grad_state]) if x.requires_grad else x.to_local()
+        return local, self.letter is not None or state.is_shard()
+
+    def leave(self, y: Tensor, x: Any, out_size: int) -> Tensor:
+        """Labels the layer's local output with the state it is in; the base's own output hook takes it from there."""
+        if self.mesh is None:
+            return y
+        if self.letter == "I":
+            return DTensor.from_local(y, self.mesh, [Partial()], run_check=False)
+        if self.letter is None:
+            return DTensor.from_local(y, self.mesh, x.placements, run_check=False)
+        # The global shape is told, not guessed: with `out` not a multiple of the ranks, local x ranks is wrong.
+        shape = torch.Size((*y.shape[:-1], out_size))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(y, self.mesh, [Shard(y.ndim - 1)], run_check=False, shape=shape, stride=stride)
+
+    def local(self, p: Tensor, axes: str, *, parts: bool) -> Tensor:
+        """The local part of a parameter; with `parts`, its gradient is labelled as only this rank's part of the sum."""
+        if not isinstance(p, DTensor):
+            return p
+        part = parts and not (self.letter and self.letter in axes)
+        return p.to_local(grad_placements=[Partial()] if part else p.placements)
+
+    def is_first(self) -> bool:
+        """Whether this rank adds what must be added once to a Partial sum, such as the bias of a row-parallel layer."""
+        return self.mesh is None or self.letter != "I" or self.mesh.get_local_rank() == 0
+
+    def __str__(self) -> str:
+        names = {None: "replicated", "O": "column", "I": "row"}
+        return "local" if self.mesh is None else f"{names[self.letter]} / {self.mesh.size()}"
+
+
+def box_of(p: Tensor) -> tuple[slice, ...]:
+    """The box of the global tensor that this rank holds, one slice a dimension."""
+    if not isinstance(p, DTensor):
+        return tuple(slice(0, n) for n in p.shape)
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    held = p.to_local().shape
+    if tuple(shape) != tuple(held):
+        raise RuntimeError(f"this rank holds {tuple(held)} of {tuple(p.shape)}, but {p.placements} says {tuple(shape)}")
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape))
+
+
+def local_of(p: Tensor) -> Tensor:
+    """The tensor this rank holds of `p` (writing to it under `no_grad` writes to `p`; `p.data = ...` would do nothing)."""
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+def full_of(p: Tensor) -> Tensor:
+    """All of `p` on every rank. For rank-r factors only: never gather a base weight."""
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def key_of(*parts: object) -> int:
+    """A 63-bit number from any printable parts, the same in every process (Python's own `hash` is not)."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@torch.no_grad()
+def fill_(p: Tensor, draw: Callable[[Tensor, torch.Generator], Any] | None, *, seed: int, name: str) -> None:
+    """Starts a factor: `draw(whole, generator)` fills the whole tensor, each rank keeps its box. None means zero.
+
+    Runs on plain and on sharded parameters of any layout, with one result; does nothing on meta, where there is no data.
+    """
+    if p.is_meta:
+        return
+    if draw is None:
+        local_of(p).zero_()
+        return
+    whole = torch.empty(p.shape, dtype=torch.float32)
+    draw(whole, torch.Generator().manual_seed(key_of(seed, name)))
+    local_of(p).copy_(whole[box_of(p)])
+
+
+# -- the sum of the replicated factors' gradients ---------------------------------------------------------------------------
+
+
+def sum_after_backward(p: nn.Parameter) -> None:
+    """Makes a plain loop right: after each backward, a gradient left as parts becomes the whole, one all-reduce a parameter."""
+
+    def complete(q: Tensor) -> None:
+        if isinstance(q, DTensor) and isinstance(q.grad, DTensor) and q.grad.placements != q.placements:
+            q.grad = q.grad.redistribute(placements=q.placements)
+
+    p.register_post_accumulate_grad_hook(complete)
+
+
+class ReplicatedSum:
+    """Adds the parts of every replicated factor's gradient over tensor parallelism: one flat all-reduce for the whole model.
+
+    Build it after `fully_shard`, call `reduce()` after the last backward of a step and before the clip.
+    """
+
+    def __init__(self, layers: Iterator[Any] | list[Any]) -> None:
+        self._layers = [layer for layer in layers if layer.placing.mesh is not None and layer.placing.mesh.size() > 1]
+        for layer in self._layers:
+            layer.sums_own_parts = False  # [Note: who sums the replicated factor's gradient]
+
+    @torch.no_grad()
+    def reduce(self) -> int:
+        """Returns the number of elements that travelled."""
+        buckets: dict[tuple[dist.ProcessGroup, torch.dtype], list[Tensor]] = {}
+        for layer in self._layers:
+            group = layer.placing.mesh.get_group()
+            for p in layer.parameters_in_parts():
+                if p.grad is not None:
+                    grad = local_of(p.grad)
+                    buckets.setdefault((group, grad.dtype), []).append(grad)
+        travelled = 0
+        for (group, _), grads in buckets.items():  # insertion order: the order of layers, the same on every rank
+            flat = torch.cat([g.reshape(-1) for g in grads])
+            dist.all_reduce(flat, group=group)
+            for grad, whole in zip(grads, flat.split([g.numel() for g in grads])):
+                grad.copy_(whole.view_as(grad))
+            travelled += flat.numel()
+        return travelled

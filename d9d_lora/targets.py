@@ -1,0 +1,176 @@
+"""WHICH layers a method changes: d9d's `module_name_pattern`, and every targeting field of Hugging Face PEFT with its meaning.
+
+exclude_modules > modules_to_save > the targets. Two things differ from PEFT, on purpose: a name in a list that matches nothing is
+an error (there it passes in silence), and so is a key of `rank_pattern` or `alpha_pattern` that matches no target.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from re import Pattern
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ALL_LINEAR = "all-linear"
+
+
+class NoMatch(ValueError):
+    """A target matched nothing; the message lists the nearest names."""
+
+
+class Targets(BaseModel):
+    """Which layers are adapted, and which other parameters are trained beside them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    module_name_pattern: Pattern[str] | None = Field(
+        None, description="regular expression that must match a layer's full name from end to end"
+    )
+    target_modules: list[str] | str | None = Field(
+        None,
+        description='names (the whole name, or its end after a dot), or one regular expression for the full name, or "all-linear": '
+        "every linear layer but the output head",
+    )
+    exclude_modules: list[str] | str | None = Field(None, description="the same matching; wins over everything else")
+    layers_to_transform: list[int] | int | None = Field(
+        None, description="only these layer numbers (with a list of names)"
+    )
+    layers_pattern: list[str] | str | None = Field(
+        None,
+        description="the name of the list the numbers count, such as `layers`; default: the first number in a name",
+    )
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict,
+        description="rank by name: a regular expression for a dotted end of the name; the first match wins",
+    )
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="alpha by name, matched like rank_pattern"
+    )
+    modules_to_save: list[str] | None = Field(
+        None, description="modules trained whole and saved with the adapter, by name"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="which biases are trained: none, all, or the adapted layers'"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.module_name_pattern is None) == (self.target_modules is None):
+            raise ValueError(
+                "give either module_name_pattern (a regular expression) or target_modules (names, or 'all-linear'); "
+                + ("both are given" if self.target_modules is not None else "neither is given")
+            )
+        for field in ("target_modules", "exclude_modules"):
+            value = getattr(self, field)
+            if isinstance(value, str) and value != ALL_LINEAR:
+                compiled(value, field)
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, field):
+                compiled(rf"(.*\.)?({key})$", field)
+        if any(r <= 0 for r in self.rank_pattern.values()):
+            raise ValueError(
+                f"rank_pattern: ranks are at least 1, got {self.rank_pattern}; leave a layer out with exclude_modules"
+            )
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
+            raise ValueError(
+                "layers_to_transform goes with a list in target_modules; in a regular expression, write the numbers"
+            )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("layers_pattern goes with layers_to_transform, and would be ignored without it")
+        return self
+
+    def wants(self, name: str) -> bool:
+        """Whether the targets name this layer ("all-linear" wants every name; the walk keeps to linear layers)."""
+        if self.exclude_modules is not None and named(name, self.exclude_modules):
+            return False
+        if self.saves(name):
+            return False
+        if self.module_name_pattern is not None:
+            return self.module_name_pattern.fullmatch(name) is not None
+        assert self.target_modules is not None
+        if self.target_modules == ALL_LINEAR:
+            return True
+        return named(name, self.target_modules) and self._in_layers(name)
+
+    def saves(self, name: str) -> bool:
+        """Whether `modules_to_save` names this module (and nothing excludes it)."""
+        if self.exclude_modules is not None and named(name, self.exclude_modules):
+            return False
+        return self.modules_to_save is not None and named(name, self.modules_to_save)
+
+    def _in_layers(self, name: str) -> bool:
+        if self.layers_to_transform is None:
+            return True
+        wanted = (
+            {self.layers_to_transform} if isinstance(self.layers_to_transform, int) else set(self.layers_to_transform)
+        )
+        lists = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        for pattern in lists or [r"[^.]*"]:
+            found = re.match(rf".*?\.?{pattern}\.(\d+)\.", name) if lists else re.match(r".*?\.(\d+)\.", f".{name}")
+            if found:
+                return int(found.group(1)) in wanted
+        return False
+
+    def rank(self, name: str, default: int) -> int:
+        return by_name(self.rank_pattern, name, default)
+
+    def alpha(self, name: str, default: float) -> float:
+        return by_name(self.alpha_pattern, name, default)
+
+    def check_all_used(self, matched: Sequence[str], candidates: Sequence[str], all_names: Sequence[str]) -> None:
+        """Raises `NoMatch` unless everything the config names was found.
+
+        `matched`: the layers that will be adapted; `candidates`: every layer that could be; `all_names`: every module.
+        """
+        if not matched and not self.modules_to_save:
+            wanted = self.module_name_pattern.pattern if self.module_name_pattern else self.target_modules
+            raise NoMatch(f"{wanted!r} matches no layer that can be adapted{hint(wanted, candidates)}")
+        if isinstance(self.target_modules, list):
+            idle = [t for t in self.target_modules if not any(named(name, [t]) for name in matched)]
+            if idle:
+                raise NoMatch(f"target_modules {idle} match no layer that can be adapted{hint(idle, candidates)}")
+        for field in ("rank_pattern", "alpha_pattern"):
+            idle = [k for k in getattr(self, field) if not any(re.match(rf"(.*\.)?({k})$", name) for name in matched)]
+            if idle:
+                raise NoMatch(f"{field}: {idle} match none of the {len(matched)} adapted layers{hint(idle, matched)}")
+        idle = [m for m in self.modules_to_save or [] if not any(named(name, [m]) for name in all_names)]
+        if idle:
+            raise NoMatch(f"modules_to_save {idle} match no module{hint(idle, all_names)}")
+
+
+def compiled(pattern: str, field: str) -> Pattern[str]:
+    """A compiled regular expression, or an error that says which field has the broken one and where it breaks."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def named(name: str, wanted: list[str] | str) -> bool:
+    """PEFT's matching: a list means the whole name or its end after a dot; a string is a regular expression for all of it."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == w or name.endswith(f".{w}") for w in wanted)
+
+
+def by_name(patterns: dict[str, int] | dict[str, float], name: str, default):  # type: ignore[no-untyped-def]
+    """The value of the first pattern that matches a dotted end of the name."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def hint(wanted: object, candidates: Iterable[str]) -> str:
+    """The nearest names, by their ends and in full."""
+    names = list(candidates)
+    if not names:
+        return "; the model has no such layer at all"
+    ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+    words = [w for text in (wanted if isinstance(wanted, list) else [str(wanted)]) for w in re.findall(r"\w+", text)]
+    near = {n for word in words for n in difflib.get_close_matches(word, ends, n=3, cutoff=0.5)}
+    full = [
+        n
+        for text in (wanted if isinstance(wanted, list) else [str(wanted)])
+        for n in difflib.get_close_matches(text, names, 2)
+    ]
+    near_text = f"; near misses: {', '.join(sorted(near) + full)}" if near or full else ""
+    return f"{near_text}; layers there are: {', '.join(ends[:20])}, as in {names[0]!r}"
