@@ -1,0 +1,343 @@
+"""Fills a model from a checkpoint: everything is planned before a byte is read, then each rank reads its own part only.
+
+    file names --mapper--> model names      unknown, missing, misshapen: one error that names them all, nothing read
+    target's placements --> boxes           which global rows and columns are this rank's
+    route: output = input or its transpose  --> read just those boxes;  any other group: read whole, apply, slice
+
+Works on plain tensors and on DTensors of any mesh and placement, with no collective: ranks need not agree on anything
+but the model, and one that finds a broken value raises alone.
+"""
+
+import difflib
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from d9d_lora.state.mappers import (
+    ModelStateMapper,
+    ModelStateMapperIdentity,
+    ModelStateMapperParallel,
+    ModelStateMapperRename,
+    Route,
+    StateGroup,
+    route_of,
+    sorted_groups,
+)
+from d9d_lora.state.safetensors_dir import CheckpointError, CheckpointFiles, open_checkpoint
+
+Runs = list[
+    list[slice]
+]  # a dimension: the stretches of global indices that this rank holds, in the order it holds them
+SHOWN, SEARCHED = 12, 2000  # keys of a kind that an error spells out; names that it searches for a near miss
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """`tensors` filled, `bytes_read` from disk by this rank, `seconds` it took."""
+
+    tensors: int
+    bytes_read: int
+    seconds: float
+
+
+@torch.no_grad()
+def load_checkpoint(
+    model: nn.Module,
+    source: CheckpointFiles | str | os.PathLike[str],
+    mapper: ModelStateMapper | None = None,
+    *,
+    skip: Collection[str] = (),
+    ignore_unexpected: Sequence[str] = (),
+) -> LoadReport:
+    """Fills every parameter and persistent buffer of `model`, in place, each rank reading only what it holds.
+
+    Args:
+        model: Allocated (not on meta), sharded or not; FSDP2 modules are resharded first, lest the values be lost.
+        source: What `open_checkpoint` takes, or what it gives (then it stays open).
+        mapper: From names in the file to names in the model; what it does not mention keeps its name.
+        skip: Names that the checkpoint does not hold: an adapter's own factors. They are left alone.
+        ignore_unexpected: Regexes (searched) of names in the file which the model may lack.
+
+    Raises:
+        CheckpointError: unknown, missing or misshapen keys and integers where floats belong, all in one message and
+            before anything is read; a value that is not finite in the target's dtype, at the tensor that has it.
+
+    Names that share one tensor (tied weights) need only one of them in the file; several must agree.
+    """
+    started = time.perf_counter()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    files = source if isinstance(source, CheckpointFiles) else open_checkpoint(source)
+    before = files.bytes_read
+    try:
+        left_alone = set(skip)
+        targets = {name: tensor for name, tensor in named_state(model) if name not in left_alone}
+        plan = _Plan(targets, files, mapper or ModelStateMapperParallel([]), ignore_unexpected)
+        plan.check()
+        filled: dict[int, str] = {}
+        for step in plan.steps:
+            for name, values in step.read(files):
+                _fill(name, targets[name], values, filled)
+        return LoadReport(len(plan.sources), files.bytes_read - before, time.perf_counter() - started)
+    finally:
+        if files is not source:
+            files.close()
+
+
+def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and persistent buffer under every name that it has: what a checkpoint holds, ties spelled out."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
+
+
+def hf_prefix_mapper(
+    model_names: Collection[str], file_names: Collection[str], base_model_prefix: str
+) -> ModelStateMapper | None:
+    """Mends `h.0...` in a file for `transformer.h.0...` in a model, or the reverse; None where nothing needs it.
+
+    Args:
+        model_names: The names the file should have; before injection, so without any `.base`.
+        file_names: The names it has.
+        base_model_prefix: As on a Hugging Face model class: "transformer", "model".
+    """
+    prefix, wanted, present = f"{base_model_prefix}.", set(model_names), set(file_names)
+    renames = []
+    for name in sorted(present - wanted):
+        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        if other in wanted and other not in present:
+            renames.append(ModelStateMapperRename(name, other))
+    return ModelStateMapperParallel(renames) if base_model_prefix and renames else None
+
+
+@dataclass
+class _Step:
+    """One group: what is read, and for each wanted output its runs, and its route where there is one."""
+
+    group: StateGroup
+    mapper: ModelStateMapper
+    runs: dict[str, Runs]
+    routes: dict[str, Route]
+
+    def read(self, files: CheckpointFiles) -> Iterator[tuple[str, Tensor]]:
+        """The local values of each wanted output."""
+        for name, route in sorted(self.routes.items()):
+
+            def piece(box: tuple[slice, ...], route: Route = route) -> Tensor:
+                part = files.read(route.name, route.back(box))
+                return part.t() if route.transposed else part
+
+            yield name, _assemble(piece, self.runs[name])
+        if rest := sorted(self.runs.keys() - self.routes.keys()):
+            made = self.mapper.apply({name: files.read(name) for name in sorted(self.group.inputs)})
+            for name in rest:
+                yield name, _assemble(made[name].__getitem__, self.runs[name])
+
+
+class _Plan:
+    """Which target comes from which group; every fault that can be known without reading goes to `faults`."""
+
+    def __init__(
+        self, targets: dict[str, Tensor], files: CheckpointFiles, mapper: ModelStateMapper, ignored: Sequence[str]
+    ) -> None:
+        self.targets, self.files = targets, files
+        self.ignored = [re.compile(pattern) for pattern in ignored]
+        self.steps: list[_Step] = []
+        self.sources: dict[str, list[str]] = {}
+        self.recipes: dict[str, list[str]] = {}  # made by a group whose inputs are not all there
+        self.faults: dict[str, dict[str, str]] = {}
+        present, mentioned = set(files.names()), set[str]()
+        for group in sorted_groups(mapper):
+            mentioned |= group.inputs
+            lacking = sorted(group.inputs - present)
+            if not lacking:
+                self._add(group, mapper)
+            else:
+                self.recipes.update(dict.fromkeys(group.outputs, lacking))
+                for name in sorted(group.inputs & present):
+                    self._unknown(name, [name], f"of use only together with {lacking[:3]}")
+        for name in sorted(present - mentioned):
+            identity = ModelStateMapperIdentity(name)
+            self._add(StateGroup(frozenset([name]), frozenset([name])), identity)
+
+    def _fault(self, kind: str, name: str, text: str) -> None:
+        self.faults.setdefault(kind, {})[name] = text
+
+    def _unknown(self, name: str, aliases: list[str], text: str) -> None:
+        if not any(pattern.search(alias) for pattern in self.ignored for alias in aliases):
+            self._fault("unknown", name, text)
+
+    def _add(self, group: StateGroup, mapper: ModelStateMapper) -> None:
+        inputs = sorted(group.inputs)
+        wanted = sorted(group.outputs & self.targets.keys())
+        for name in sorted(group.outputs - self.targets.keys()):
+            self._unknown(name, [name, *inputs], f"from {inputs[:3]}" if inputs != [name] else "")
+        for name in wanted:
+            if name in self.sources:
+                self._fault("made twice", name, f"from {self.sources[name][:3]} and from {inputs[:3]}")
+            self.sources[name] = inputs
+        wanted = [name for name in wanted if _is_here(self.targets[name])]
+        routes = {name: route for name in wanted if (route := route_of(mapper, name))}
+        outlines = {name: self._routed(route) for name, route in routes.items()}
+        if len(routes) < len(wanted):
+            outlines |= self._applied(group, mapper)
+        runs = {name: self._check(name, outlines.get(name)) for name in wanted}
+        if wanted:
+            self.steps.append(_Step(group, mapper, runs, routes))
+
+    def _routed(self, route: Route) -> Tensor:
+        return torch.empty(route.back(self.files.shape(route.name)), dtype=self.files.dtype(route.name), device="meta")
+
+    def _applied(self, group: StateGroup, mapper: ModelStateMapper) -> dict[str, Tensor]:
+        """The mapper run on shapes alone: what it would make, without the bytes."""
+        try:
+            made = mapper.apply({name: self._routed(Route(name)) for name in sorted(group.inputs)})
+        except NotImplementedError:  # an operator that has no rule for shapes alone: the copy will tell
+            return {}
+        except Exception as error:
+            shapes = {name: self.files.shape(name) for name in sorted(group.inputs)[:3]}
+            self._fault("misshapen", sorted(group.outputs)[0], f"its mapper refuses {shapes}: {error}")
+            return {}
+        for name in sorted(group.outputs - made.keys()):
+            self._fault("announced but not made", name, f"its mapper makes {sorted(made)[:3]}")
+        return made
+
+    def _check(self, name: str, found: Tensor | None) -> Runs:
+        target = self.targets[name]
+        if target.is_meta:
+            self._fault("unallocated", name, "is on meta: call to_empty(device=...) on the model first")
+            return []
+        if found is not None and found.shape != target.shape:
+            self._fault("misshapen", name, f"expected {tuple(target.shape)}, the file gives {tuple(found.shape)}")
+        if found is not None and found.dtype != target.dtype and not _both_float(found, target):
+            self._fault("of another dtype", name, f"expected {target.dtype}, the file gives {found.dtype}")
+        if isinstance(target, DTensor) and any(placement.is_partial() for placement in target.placements):
+            self._fault("misplaced", name, f"is {target.placements}: a sum that is pending cannot be loaded")
+        runs = local_runs(target)
+        shape = tuple(sum(run.stop - run.start for run in stretches) for stretches in runs)
+        if shape != tuple(_local(target).shape):
+            self._fault("misplaced", name, f"placements give {shape}, the local part is {tuple(_local(target).shape)}")
+        return runs
+
+    def check(self) -> None:
+        """Raises all faults in one error."""
+        filled = {id(self.targets[name]) for name in self.sources}
+        for name, target in self.targets.items():
+            if id(target) not in filled:
+                self._fault("missing", name, f"made from {lack[:3]}" if (lack := self.recipes.get(name)) else "")
+        if not self.faults:
+            return
+        others = {"unknown": "missing", "missing": "unknown"}
+        names = {kind: sorted(self.faults.get(other, ()))[:SEARCHED] for kind, other in others.items()}
+        lines = []
+        for kind, keys in sorted(self.faults.items()):
+            lines.append(f"{len(keys)} {kind}:")
+            for key, text in sorted(keys.items())[:SHOWN]:
+                near = difflib.get_close_matches(key, names.get(kind, []), n=1)
+                lines.append(f"  {key!r}" + (f" {text}" if text else "") + (f", near {near[0]!r}" if near else ""))
+            if len(keys) > SHOWN:
+                lines.append(f"  and {len(keys) - SHOWN} more")
+        where = ", ".join(str(file) for file in self.files.files()[:3])
+        raise CheckpointError(
+            f"The checkpoint {where} is not this model's; nothing was read.\n" + "\n".join(lines) + "\n"
+            "(unknown: in the file, not to be filled in the model; missing: the reverse). Give the mapper that renames "
+            "them, name what the file need not hold in `skip`, and harmless leftovers in `ignore_unexpected`."
+        )
+
+
+def local_runs(tensor: Tensor) -> Runs:
+    """The global indices of the local part, for each dimension, as contiguous runs in the order they are held.
+
+    [Note: strided shards] Under FSDP2 x TP the weight is cut by tp first and by dp second, while placements are read
+    left to right, dp before tp. DTensor calls the dp placement `_StridedShard(split_factor=tp)`. With that factor it
+    is a plain cut which comes after those to its right; with any other it deals `split_factor` blocks to each rank.
+    """
+    if not isinstance(tensor, DTensor):
+        return [[slice(0, size)] for size in tensor.shape]
+    coordinate = tensor.device_mesh.get_coordinate() or ()
+    runs: Runs = []
+    for dim, size in enumerate(tensor.shape):
+        cuts = [
+            (tensor.device_mesh.size(axis), rank, getattr(placement, "split_factor", 1))
+            for axis, (rank, placement) in enumerate(zip(coordinate, tensor.placements))
+            if getattr(placement, "dim", None) in (dim, dim - tensor.dim())
+        ]
+        runs.append(_to_runs(_cut(torch.arange(size), cuts)))
+    return runs
+
+
+def _cut(index: Tensor, cuts: Sequence[tuple[int, int, int]]) -> Tensor:
+    """`index` cut by each (ranks, rank, split factor); see [Note: strided shards]."""
+    if not cuts:
+        return index
+    (ranks, rank, blocks), rest = cuts[0], cuts[1:]
+    if blocks > 1 and blocks == math.prod(ranks for ranks, _, _ in rest):
+        return _chunk(_cut(index, rest), ranks, rank)
+    mine = torch.cat([_chunk(_chunk(index, blocks, block), ranks, rank) for block in range(blocks)])
+    return _cut(mine, rest)
+
+
+def _chunk(index: Tensor, ranks: int, rank: int) -> Tensor:
+    size = -(-len(index) // ranks)  # rounded up: the last ranks hold less, or nothing
+    return index[rank * size : (rank + 1) * size]
+
+
+def _to_runs(index: Tensor) -> list[slice]:
+    if not len(index):
+        return [slice(0, 0)]
+    breaks = (index.diff() != 1).nonzero().flatten() + 1
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in index.tensor_split(breaks.tolist())]
+
+
+def _assemble(piece: Callable[[tuple[slice, ...]], Tensor], runs: Runs) -> Tensor:
+    """The local part from its pieces; mostly there is one."""
+    for dim, stretches in enumerate(runs):
+        if len(stretches) > 1:
+            return torch.cat([_assemble(piece, [*runs[:dim], [run], *runs[dim + 1 :]]) for run in stretches], dim)
+    return piece(tuple(run for (run,) in runs))
+
+
+def _is_here(tensor: Tensor) -> bool:
+    return not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is not None
+
+
+def _both_float(one: Tensor, other: Tensor) -> bool:
+    return one.is_floating_point() and other.is_floating_point()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _fill(name: str, target: Tensor, values: Tensor, filled: dict[int, str]) -> None:
+    local = _local(target)
+    if values.shape != local.shape:
+        raise CheckpointError(f"{name!r}: expected a local part of shape {tuple(local.shape)}, made {values.shape}.")
+    cast = values.to(local.dtype)
+    if cast.numel() and cast.is_floating_point():
+        low, high = (cast.float() if cast.element_size() == 1 else cast).aminmax()  # NaN comes through; no temporary
+        if not (low.isfinite() and high.isfinite()):
+            raise CheckpointError(
+                f"{name!r} is not finite: {low.item()} to {high.item()} as {local.dtype}, {values.dtype} in the file. "
+                "The checkpoint is broken, or the dtype too narrow: load it as bfloat16 or float32."
+            )
+    if twin := filled.get(id(target)):
+        if not torch.equal(local, cast.to(local.device)):
+            raise CheckpointError(
+                f"{name!r} and {twin!r} are one tensor in the model and two different ones in the file. "
+                "Untie the model (tie_word_embeddings=False), or remove the wrong one from the file."
+            )
+        return
+    local.copy_(cast)
+    filled[id(target)] = name
