@@ -163,8 +163,8 @@ def load_examples(
         example = Example(ids, labels, row.source, asked)
         if not example.target_tokens:
             raise DataError(
-                f"{row.source}: a sample without a target token (of {len(ids)} tokens none is trained); expected at least "
-                "one, in the text, the completion or an assistant turn. If data.overlong=truncate cut it off, use drop"
+                f"{row.source}: a sample without a target token (of {len(ids)} tokens none is trained); expected one "
+                "or more, in the text, the completion or an assistant turn. If data.overlong=truncate cut it off, use drop"
             )
         examples.append(example)
         report.kept += 1

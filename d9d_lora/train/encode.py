@@ -83,8 +83,9 @@ def _plain(row: Row, format: Format, tokenizer: Any) -> tuple[list[int], list[bo
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError(f"{row.source}: the tokenizer has no eos token to end a sample with; set tokenizer.eos_token")
-    pieces = [("", False), (row.values["text"], True)]
-    if format == "completion":
+    if format == "text":
+        pieces = [(row.values["text"], True)]
+    else:
         pieces = [(row.values["prompt"], False), (row.values["completion"], True)]
     ids, trained = _tokenize(tokenizer, pieces, special=True)
     if not ids or ids[-1] != eos:
