@@ -9,7 +9,7 @@ loader, and d9d's work inside these. Everything here is linear in the number of 
 """
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
@@ -57,9 +57,12 @@ class ModelStateMapper(abc.ABC):
 
 def sorted_groups(mapper: ModelStateMapper) -> list[StateGroup]:
     """The groups of any mapper in one order on every rank: a frozenset's order changes with the process's hash seed."""
-    groups = [StateGroup(frozenset(g.inputs), frozenset(g.outputs)) for g in mapper.state_dependency_groups()]
-    groups = [group for group in groups if group.inputs or group.outputs]
-    return sorted(groups, key=lambda group: (sorted(group.inputs), sorted(group.outputs)))
+    groups = [
+        group if isinstance(group, StateGroup) else StateGroup(frozenset(group.inputs), frozenset(group.outputs))
+        for group in mapper.state_dependency_groups()
+        if group.inputs or group.outputs
+    ]
+    return sorted(groups, key=lambda group: (min(group.inputs, default=""), min(group.outputs, default="")))
 
 
 def route_of(mapper: ModelStateMapper, output: str) -> Route | None:
@@ -213,48 +216,52 @@ class _Plan:
 
 
 def _connect(stages: list[_Stage]) -> dict[frozenset[str], _Plan]:
-    """Connected components of the graph whose nodes are (level, key) and whose edges are groups: union-find, linear."""
-    ends = len(stages)
-    parent: dict[tuple[int, str], tuple[int, str]] = {}
+    """The net groups: a key's component goes down the stages with it, a group unites those of its inputs. Linear."""
+    parent: list[int] = []
 
-    def find(node: tuple[int, str]) -> tuple[int, str]:
-        parent.setdefault(node, node)
-        while parent[node] != node:
-            parent[node] = node = parent[parent[node]]  # halve the path on the way up
-        return node
+    def new() -> int:
+        parent.append(len(parent))
+        return parent[-1]
 
-    def nodes_of(level: int, group: StateGroup) -> list[tuple[int, str]]:
-        return [(level, key) for key in sorted(group.inputs)] + [(level + 1, key) for key in sorted(group.outputs)]
+    def find(component: int) -> int:
+        while parent[component] != component:
+            parent[component] = component = parent[parent[component]]  # halve the path on the way up
+        return component
 
-    for level, stage in enumerate(stages):
-        for key in sorted(stage.passing):
-            parent[find((level + 1, key))] = find((level, key))
+    first = sorted(stages[0].consumed | stages[0].passing) if stages else []
+    at_start = now = {key: new() for key in first}
+    joined: list[list[int]] = []  # for each stage, the component of each of its groups
+    for stage in stages:
+        following = {key: now[key] for key in sorted(stage.passing)}
+        joined.append([])
         for group in stage.groups:
-            first, *others = nodes_of(level, group)
-            for node in others:
-                parent[find(node)] = find(first)
+            component, *others = [find(now[key]) for key in sorted(group.inputs)] or [new()]
+            for other in others:
+                parent[find(other)] = component
+            following.update(dict.fromkeys(group.outputs, component))
+            joined[-1].append(component)
+        now = following
 
-    inputs: dict[tuple[int, str], list[str]] = {}
-    outputs: dict[tuple[int, str], list[str]] = {}
-    steps: dict[tuple[int, str], list[list[StateGroup]]] = {}
-    for node in list(parent):
-        root, (level, key) = find(node), node
-        steps.setdefault(root, [[] for _ in stages])
-        if level == 0:
-            inputs.setdefault(root, []).append(key)
-        if level == ends:
-            outputs.setdefault(root, []).append(key)
-    for level, stage in enumerate(stages):
-        for group in stage.groups:
-            steps[find(nodes_of(level, group)[0])][level].append(group)
+    inputs, outputs = _invert(at_start, find), _invert(now, find)
+    steps: dict[int, list[list[StateGroup]]] = {component: [[] for _ in stages] for component in inputs | outputs}
+    for level, (stage, components) in enumerate(zip(stages, joined)):
+        for group, component in zip(stage.groups, components):
+            steps[find(component)][level].append(group)
 
     plans: dict[frozenset[str], _Plan] = {}
-    for root in sorted(steps):
-        consumed = frozenset(inputs.get(root, ()))
+    for component in sorted(steps):
+        consumed, produced = frozenset(inputs.get(component, ())), frozenset(outputs.get(component, ()))
         if consumed in plans:
-            raise ValueError(f"Two groups without inputs cannot be told apart: {sorted(outputs.get(root, ()))}.")
-        plans[consumed] = _Plan(frozenset(outputs.get(root, ())), steps[root])
+            raise ValueError(f"Two groups without inputs cannot be told apart; join the mappers of {sorted(produced)}.")
+        plans[consumed] = _Plan(produced, steps[component])
     return plans
+
+
+def _invert(components: dict[str, int], find: Callable[[int], int]) -> dict[int, list[str]]:
+    keys: dict[int, list[str]] = {}
+    for key, component in components.items():
+        keys.setdefault(find(component), []).append(key)
+    return keys
 
 
 def _refuse_collisions(verb: str, keys: Iterable[str], where: object) -> None:
