@@ -182,7 +182,10 @@ def sum_after_backward(p: nn.Parameter) -> None:
         if isinstance(q, DTensor) and isinstance(q.grad, DTensor) and q.grad.placements != q.placements:
             q.grad = q.grad.redistribute(placements=q.placements)
 
+    trained = p.requires_grad
+    p.requires_grad_(True)  # torch takes the hook of a trained parameter only; a frozen one (a bias, say) may be thawed later
     p.register_post_accumulate_grad_hook(complete)
+    p.requires_grad_(trained)
 
 
 class ReplicatedSum:

@@ -1,0 +1,162 @@
+"""The catalogue the laws run over: METHODS x LAYERS x LAYOUTS. A new method, layer or layout is a row here, not a test file."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
+from transformers.pytorch_utils import Conv1D
+
+# -- methods ------------------------------------------------------------------------------------------------------------------
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "params": {"r": 3, "alpha": 6}},
+    "rslora": {"kind": "lora", "params": {"r": 3, "alpha": 6, "scaling": "rslora"}},
+    "patterns": {
+        "kind": "lora",
+        "params": {"r": 3, "alpha": 6},
+        "rank_pattern": {"down": 5},
+        "alpha_pattern": {"up": 1},
+        "bias": "lora_only",
+    },
+}
+
+# -- layers: a small model that holds the layer column-parallel and row-parallel ------------------------------------------------
+
+WIDTH, HIDDEN, VOCAB = 12, 20, 19
+
+
+class Block(nn.Module):
+    """x + down(gelu(up(norm(x)))): `up` is column-parallel, `down` row-parallel."""
+
+    def __init__(self, linear: Callable[[int, int], nn.Module]) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = linear(WIDTH, HIDDEN)
+        self.down = linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Toy(nn.Module):
+    """Token ids -> values per token, through an embedding and two blocks."""
+
+    def __init__(self, linear: Callable[[int, int], nn.Module]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH, padding_idx=2)
+        self.blocks = nn.ModuleList([Block(linear), Block(linear)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@dataclass
+class Layer:
+    linear: Callable[[int, int], nn.Module]
+    targets: list[str]
+
+
+LAYERS = {
+    "linear": Layer(lambda i, o: nn.Linear(i, o, bias=False), ["up", "down"]),
+    "linear_bias": Layer(lambda i, o: nn.Linear(i, o), ["up", "down"]),
+    "conv1d": Layer(lambda i, o: Conv1D(o, i), ["up", "down"]),
+    "embedding": Layer(lambda i, o: nn.Linear(i, o), ["embed"]),
+}
+
+# -- layouts --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    world: int
+    replicate: int = 1
+    shard: int = 1
+    tp: int = 1
+    sequence: bool = False
+
+    @property
+    def dp(self) -> int:
+        return self.replicate * self.shard
+
+
+LAYOUTS = {
+    "one": Layout(1),
+    "replicate2": Layout(2, replicate=2),
+    "fsdp2": Layout(2, shard=2),
+    "fsdp4": Layout(4, shard=4),
+    "hsdp2x2": Layout(4, replicate=2, shard=2),
+    "tp2": Layout(2, tp=2),
+    "tp4": Layout(4, tp=4),
+    "tp2_sp": Layout(2, tp=2, sequence=True),
+    "fsdp2_tp2": Layout(4, shard=2, tp=2),
+}
+
+
+def mesh_of(layout: Layout) -> DeviceMesh:
+    return init_device_mesh(
+        "cpu", (layout.replicate, layout.shard, layout.tp), mesh_dim_names=("dp_replicate", "dp_shard", "tp")
+    )
+
+
+def plan_of(model: Toy, sequence: bool) -> dict[str, Any]:
+    """The usual plan. In sequence-parallel regions tokens are sharded between blocks."""
+    between = Shard(1) if sequence else Replicate()
+    plan: dict[str, Any] = {"embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=between)}
+    for i in range(len(model.blocks)):
+        if sequence:
+            plan[f"blocks.{i}.norm"] = SequenceParallel(use_local_output=True)
+        plan[f"blocks.{i}.up"] = ColwiseParallel(input_layouts=between)
+        plan[f"blocks.{i}.down"] = RowwiseParallel(output_layouts=between)
+    return plan
+
+
+def shard_data_parallel(model: Toy, mesh: DeviceMesh, layout: Layout) -> None:
+    if layout.dp == 1:
+        return
+    dp = mesh["dp_replicate", "dp_shard"] if layout.replicate > 1 else mesh["dp_shard"]
+    for block in model.blocks:
+        fully_shard(block, mesh=dp)
+    fully_shard(model, mesh=dp)
+    for m in model.modules():
+        if isinstance(m, FSDPModule):
+            m.set_gradient_divide_factor(1.0)  # losses are sums over the global batch already
+
+
+def dp_rank(layout: Layout) -> int:
+    return dist.get_rank() // layout.tp if layout.world > 1 else 0
+
+
+# -- the task: the same on every layout ------------------------------------------------------------------------------------------
+
+
+def build(layer: str, dtype: torch.dtype = torch.float64) -> Toy:
+    """The model with weights that depend on nothing but the names."""
+    model = Toy(LAYERS[layer].linear).to(dtype)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return model
+
+
+def batch(step: int, rows: int = 8, length: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    ids = torch.randint(0, VOCAB, (rows, length), generator=generator)
+    return ids, torch.randn(rows, length, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def peft_config(method: str, layer: str, **changes: Any) -> dict[str, Any]:
+    config = {**METHODS[method], "target_modules": LAYERS[layer].targets, **changes}
+    if layer == "embedding":
+        config = {**config, "rank_pattern": {}, "alpha_pattern": {}}
+    return config
