@@ -202,3 +202,225 @@ def test_inject_first_then_the_plan(pool, layer, layout, summed):
 def test_mutations_break_the_law_of_gradients(pool, mutation, layout):
     with pytest.raises(AssertionError, match="is off by|AssertionError"):
         pool.run(LAYOUTS[layout].world, law_of_gradients, "lora", "linear", layout, "plan_first", True, {}, mutation)
+
+
+# -- law 5: traffic ---------------------------------------------------------------------------------------------------------------
+
+
+def count_collectives(rank, layer, layout_name, adapters):
+    """(collectives of one microbatch, elements the once-a-step sum moves, elements it should)."""
+    layout = LAYOUTS[layout_name]
+    if adapters:
+        model, _ = make("lora", layer, layout)
+        bucket = ReplicatedSum(adapted_layers(model))
+    else:
+        model = build(layer)
+        for p in model.parameters():
+            p.requires_grad_(False)
+        plan = {k: for_conv1d(s, model.get_submodule(k)) for k, s in plan_of(model, layout.sequence).items()}
+        parallelize_module(model, mesh_of(layout)["tp"], plan)
+        for p in model.parameters():
+            p.requires_grad_(False)
+    ids, _ = batch(0)
+    with CommDebugMode() as comms:
+        x = model.embed(ids).detach().requires_grad_() if layer != "embedding" else model.embed(ids)
+        for block in model.blocks:
+            x = block(x)
+        if x.requires_grad:
+            x.square().sum().backward()
+    counts = {str(k): v for k, v in comms.get_comm_counts().items()}
+    if not adapters:
+        return counts, 0, 0
+    travelled = bucket.reduce()
+    return counts, travelled, sum(p.grad.to_local().numel() for la in adapted_layers(model) for p in la.parameters_in_parts())
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2_sp", "tp4"])
+@pytest.mark.parametrize("layer", ["linear", "linear_bias", "conv1d"])
+def test_adapters_add_no_collective_to_a_microbatch(pool, layer, layout):
+    world = LAYOUTS[layout].world
+    bare = pool.run(world, count_collectives, layer, layout, False)
+    ours = pool.run(world, count_collectives, layer, layout, True)
+    for (base, _, _), (adapted, travelled, trainable) in zip(bare, ours):
+        assert base
+        assert adapted == base
+        assert travelled == trainable > 0
+
+
+def plain_loop_collectives(rank, mutation):
+    """The label `Partial` costs collectives in the backward: the count above can fail."""
+    model, _ = make("lora", "linear", LAYOUTS["tp2"])
+    ids, _ = batch(0)
+    with CommDebugMode() as comms:
+        model(ids).square().sum().backward()
+    return comms.get_total_counts()
+
+
+def test_the_count_sees_a_sum_per_parameter(pool):
+    (plain, _) = pool.run(2, plain_loop_collectives, None)
+    (base, _, _), _ = pool.run(2, count_collectives, "linear", "tp2", True)
+    assert plain > sum(base.values())
+
+
+# -- law 6 on every layout, starts, masks -----------------------------------------------------------------------------------------
+
+
+def law_of_merging(rank, method_name, layer, layout_name, mutation):
+    layout = LAYOUTS[layout_name]
+    reference, ref_method = make(method_name, layer, LAYOUTS["one"])
+    model, method = make(method_name, layer, layout)
+    wake(reference), wake(model)
+    ids, _ = batch(0)
+    model.eval()
+    with torch.no_grad():
+        adapted = model(ids)  # FSDP2 now holds gathered weights: a merge into those would be lost
+    before = {n: full_of(p.detach()).clone() for n, p in model.named_parameters()}
+    if mutation == "write rank 0's slice everywhere":
+        import d9d_lora.layers.base as base
+
+        real, base.box_of = base.box_of, lambda p: tuple(slice(0, s.stop - s.start) for s in real(p))
+        try:
+            merge_peft(method, model)
+        finally:
+            base.box_of = real
+    else:
+        merge_peft(method, model)
+    merge_peft(ref_method, reference)
+    close({n: full_of(p.detach()) for n, p in model.named_parameters()}, {n: p.detach() for n, p in reference.named_parameters()})
+    with torch.no_grad():
+        assert (model(ids) - adapted).abs().max() < 1e-9
+    unmerge_peft(method, model)
+    after = {n: full_of(p.detach()) for n, p in model.named_parameters()}
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], before[n]) for n in before)
+    with torch.no_grad():
+        assert (model(ids) - adapted).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("layout", PARALLEL)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_merging_shards_equals_merging_the_whole(pool, layer, layout):
+    pool.run(LAYOUTS[layout].world, law_of_merging, "lora", layer, layout, None)
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2"])
+def test_mutation_breaks_the_law_of_merging(pool, layout):
+    with pytest.raises(AssertionError, match="is off by"):
+        pool.run(LAYOUTS[layout].world, law_of_merging, "lora", "linear", layout, "write rank 0's slice everywhere")
+
+
+def starts(rank, layer, layout_name):
+    model, _ = make("lora", layer, LAYOUTS[layout_name])
+    for la in adapted_layers(model):
+        la.reset_parameters()  # again after sharding, as after a meta build
+    return {n: full_of(p.detach()) for n, p in trained(model).items()}
+
+
+@pytest.mark.parametrize("layout", PARALLEL)
+@pytest.mark.parametrize("layer", ["linear", "embedding"])
+def test_starts_do_not_depend_on_the_layout(pool, layer, layout):
+    model, _ = make("lora", layer, LAYOUTS["one"])
+    expected = {n: p.detach() for n, p in trained(model).items()}
+    for found in pool.run(LAYOUTS[layout].world, starts, layer, layout):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[n], expected[n]) for n in found)
+
+
+def law_of_masks(rank, layout_name, mutation):
+    """With dropout, gradients equal one process: the masks follow the microbatch, whoever computes it."""
+    layout = LAYOUTS[layout_name]
+    accumulate = 2
+    changes = {"params": {"r": 3, "alpha": 6, "dropout": 0.4}}
+    reference, _ = make("lora", "linear", LAYOUTS["one"], **changes)
+    model, _ = make("lora", "linear", layout, **changes)
+    wake(reference), wake(model)
+    bucket = ReplicatedSum(adapted_layers(model))
+    ids, target = batch(0)
+
+    def drive(m, layout, me):
+        clock = next(adapted_layers(m)).dropout.clock
+        for a in range(accumulate):
+            micro = a * layout.dp + me
+            clock.set(0, micro + (1000 * rank if mutation == "another mask on each rank" and m is model else 0))
+            rows = slice(micro * 8 // (layout.dp * accumulate), (micro + 1) * 8 // (layout.dp * accumulate))
+            t = target[rows]
+            y = m(ids[rows])
+            if layout.sequence:
+                r, size = dist.get_rank() % layout.tp, t.shape[1] // layout.tp
+                t = t[:, r * size : (r + 1) * size]
+            (y - t).square().sum().backward()
+
+    drive(model, layout, dp_rank(layout))
+    bucket.reduce()
+    accumulate = accumulate * layout.dp  # one process takes the same microbatches one after another
+    drive(reference, LAYOUTS["one"], 0)
+    close(grads_of(model), grads_of(reference))
+
+
+@pytest.mark.parametrize("layout", PARALLEL)
+def test_dropout_masks_do_not_depend_on_the_layout(pool, layout):
+    pool.run(LAYOUTS[layout].world, law_of_masks, layout, None)
+
+
+def test_mutation_another_mask_on_each_tp_rank(pool):
+    with pytest.raises(AssertionError, match="is off by"):
+        pool.run(2, law_of_masks, "tp2", "another mask on each rank")
+
+
+def masks_of_a_plain_loop(rank, layout_name):
+    """What each layer's dropout does to ones, in two forwards of a loop that knows nothing of clocks."""
+    model, _ = make("lora", "linear", LAYOUTS[layout_name], params={"r": 3, "alpha": 6, "dropout": 0.5})
+    up = model.blocks[0].up
+    seen = []
+    for _ in range(2):
+        model(batch(0)[0][:2])
+        seen.append(up.dropout(torch.ones(4, 12), up.placing, up.in_size))
+    return seen
+
+
+def test_masks_of_a_plain_loop(pool):
+    a, b = pool.run(2, masks_of_a_plain_loop, "tp2")  # ambient seeds differ from rank to rank
+    assert torch.equal(a[0], b[0])
+    assert not torch.equal(a[0], a[1])
+    a, b = pool.run(2, masks_of_a_plain_loop, "fsdp2")
+    assert not torch.equal(a[0], b[0])
+
+
+def test_a_recomputed_forward_draws_the_same_mask():
+    from torch.utils.checkpoint import checkpoint
+
+    grads = []
+    for recompute in (False, True):
+        model, _ = make("lora", "linear", LAYOUTS["one"], params={"r": 3, "alpha": 6, "dropout": 0.5})
+        wake(model)
+        if recompute:
+            for block in model.blocks:
+                run = block.forward
+                block.forward = lambda x, run=run: checkpoint(run, x, use_reentrant=False)
+        backward(model, LAYOUTS["one"])
+        grads.append(grads_of(model))
+    close(*grads)
+
+
+# -- the order of things -----------------------------------------------------------------------------------------------------------
+
+
+def inject_after_sharding(rank):
+    model = build("linear")
+    before = dict(model.named_modules()).keys()
+    shard_data_parallel(model, mesh_of(LAYOUTS["fsdp2"]), LAYOUTS["fsdp2"])
+    with pytest.raises(ValueError, match="Inject first, then call fully_shard"):
+        inject_peft_and_freeze(peft_method_from_config(peft_config("lora", "linear")), model)
+    assert dict(model.named_modules()).keys() == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_injection_after_fully_shard_is_refused(pool):
+    pool.run(2, inject_after_sharding)
+
+
+def test_a_copy_is_independent():
+    model, _ = make("lora", "linear", LAYOUTS["one"])
+    wake(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(batch(0)[0]), model(batch(0)[0]))
