@@ -204,12 +204,12 @@ def _files_of_index(root: Path, index: Path) -> dict[Path, list[str]]:
                 "A checkpoint may name only files beside its index; do not trust where this one came from."
             )
         promised.setdefault(root / file, []).append(name)
-    return {_inside(root, file, said_by=index): names for file, names in promised.items()}
+    return {_inside(root, file, f"{index} puts {names[:3]} in {file}"): names for file, names in promised.items()}
 
 
-def _inside(root: Path, file: Path, said_by: Path | None = None) -> Path:
+def _inside(root: Path, file: Path, where: str = "") -> Path:
     """`file`, if following its links stays in `root`; the hub's cache links snapshots/<revision>/x to ../../blobs/y."""
-    where = f"{said_by} names {file}" if said_by else str(file)
+    where = where or str(file)
     try:
         home, target = root.resolve(), file.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a name that no file can have
