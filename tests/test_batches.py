@@ -57,6 +57,8 @@ def test_global_batches_do_not_depend_on_the_world_size(packing, consumed):
         assert [batch.index for batch in made] == [0, 1, 2, 3]
         return made
 
+    # Ranks take turns, so that the numbers of one accumulation step are neighbours.
+    assert [b.index for b in batches(packing=packing, dp_rank=1, dp_size=2).step(consumed)] == [1, 3]
     for other in (union(2), union(4)):
         for a, b in zip(union(1), other):
             assert torch.equal(a.input_ids, b.input_ids)

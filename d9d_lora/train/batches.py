@@ -78,8 +78,8 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
 def block_causal_mask(position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(B, 1, S, S), 0 where a query may look and the lowest number elsewhere: back, and within its own document.
 
-    For models that do not find the borders in the position ids themselves. SDPA wants the dtype of the query. It also
-    replaces a sliding window, should the model have one that is shorter than the row.
+    For models that do not find the borders in the position ids themselves. `dtype` is that of the queries (some SDPA
+    backends take no other). It also replaces a sliding window, should the model have one that is shorter than the row.
     """
     document = (position_ids == 0).cumsum(-1)
     same = document[:, :, None] == document[:, None, :]

@@ -164,7 +164,7 @@ def load_examples(
         if not example.target_tokens:
             raise DataError(
                 f"{row.source}: a sample without a target token (of {len(ids)} tokens none is trained); expected one "
-                "or more, in the text, the completion or an assistant turn. If data.overlong=truncate cut it off, use drop"
+                "or more, in text, completion or an assistant turn. If data.overlong=truncate cut it off, use drop"
             )
         examples.append(example)
         report.kept += 1
