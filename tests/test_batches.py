@@ -5,10 +5,18 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
-from d9d_lora.train.batches import Batches, MicroBatch, pack, shift_labels, sweep
+from d9d_lora.train.batches import Batches, MicroBatch, shift_labels, sweep
 from d9d_lora.train.encode import IGNORE, Example
+from d9d_lora.train.packing import check_packing, pack
 
 PAD = 0
 
@@ -182,6 +190,30 @@ def test_without_inputs_documents_would_see_each_other():
     assert (right - wrong).abs().max() > 1e-3
     with pytest.raises(ValueError, match=r"batch\.inputs\(\)"):
         _ = batch.attention_mask
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_that_mixes_packed_documents_is_found_out(attention):
+    model = llama(attention).train()
+    check_packing(model, vocab_size=50)
+    check_packing(model, vocab_size=50, mask_dtype=torch.float32)
+    assert model.training
+
+    torch.manual_seed(0)
+    small = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    falcon = FalconForCausalLM(FalconConfig(**small, attn_implementation=attention))
+    with pytest.raises(ValueError, match=r"FalconForCausalLM lets packed documents see each other.*mask_dtype"):
+        check_packing(falcon, vocab_size=50)
+    check_packing(falcon, vocab_size=50, mask_dtype=torch.float32)
+
+    windowed = MistralForCausalLM(
+        MistralConfig(
+            **small, intermediate_size=48, num_key_value_heads=2, sliding_window=4, attn_implementation=attention
+        )
+    )
+    check_packing(windowed, vocab_size=50)
+    with pytest.raises(ValueError, match="sliding window of 4 tokens"):
+        check_packing(windowed, vocab_size=50, mask_dtype=torch.float32)
 
 
 def test_sweep_shows_each_example_once_in_equally_many_microbatches():

@@ -9,7 +9,6 @@ A row is one example padded on the right, or with packing, several examples that
 """
 
 import hashlib
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from d9d_lora.train.encode import IGNORE, Example
+from d9d_lora.train.packing import block_causal_mask, pack
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,7 @@ class MicroBatch:
         return self.mask
 
     def inputs(self) -> dict[str, Any]:
-        """Arguments for a Hugging Face causal model that keep documents apart in eager, SDPA and flash attention.
-
-        transformers reads document borders off position ids that restart, but only if no mask is given *and* there is
-        no cache. A cache is what `use_cache=None` makes with most configs, even in training: documents would then see
-        each other, and nothing would be said.
-        """
+        """Arguments for a Hugging Face causal model: `[Note: packed documents stay apart]` in `packing`."""
         inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
         return inputs if self.mask is None else inputs | {"attention_mask": self.mask}
 
@@ -75,21 +70,6 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], IGNORE)], dim=-1)
 
 
-def block_causal_mask(position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, 1, S, S), 0 where a query may look and the lowest number elsewhere: back, and within its own document.
-
-    For models that do not find the borders in the position ids themselves. `dtype` is that of the queries (some SDPA
-    backends take no other). It also replaces a sliding window, should the model have one that is shorter than the row.
-    """
-    document = (position_ids == 0).cumsum(-1)
-    same = document[:, :, None] == document[:, None, :]
-    length = position_ids.shape[-1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=position_ids.device).tril()
-    blocked = ~(same & causal)
-    mask = torch.zeros(blocked.shape, dtype=dtype, device=position_ids.device)
-    return mask.masked_fill_(blocked, torch.finfo(dtype).min).unsqueeze(1)
-
-
 class Batches:
     """The endless stream of optimiser steps over `examples`, as one data-parallel rank sees it.
 
@@ -102,7 +82,7 @@ class Batches:
         seed: of the order.
         packing: fill rows with several examples; none is split.
         dp_rank, dp_size: this rank among those that hold different data (not tensor or pipeline ranks).
-        mask_dtype: with packing, also build a 4-D mask of this dtype; see `MicroBatch.inputs` for why none is needed.
+        mask_dtype: with packing, also build a 4-D mask of this dtype; `packing` says which models need it.
     """
 
     def __init__(
@@ -219,23 +199,6 @@ def collate(
         if packed:
             position_ids[r, start:] = torch.arange(length - start)  # the padding is a document of its own
     return MicroBatch(input_ids, labels, position_ids, index, epoch, packed)
-
-
-def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """Indices of the examples of each row: longest first, each into the fullest row that still holds it."""
-    rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (room left, row), sorted
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = bisect_left(open_rows, (lengths[index], -1))
-        if place < len(open_rows):
-            room, row = open_rows.pop(place)
-        else:
-            room, row = seq_len, len(rows)
-            rows.append([])
-        rows[row].append(index)
-        if room > lengths[index]:
-            insort(open_rows, (room - lengths[index], row))
-    return rows
 
 
 def check_batch_size(batch_size: int, micro_batch_size: int, dp_size: int) -> None:
