@@ -4,7 +4,7 @@
 Positions begin at 0 in each document, and a query may look only back and within its own document. transformers (5.23)
 reads the borders off position ids that restart, also for sliding windows, but only if no mask is given *and* there is
 no cache; and a cache is what most configs make by default, even in training. So `MicroBatch.inputs()` says
-use_cache=False. Tried with eager and SDPA attention and right to 1e-6: Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Mixtral,
+use_cache=False. Tried with eager and SDPA, exact to 1e-6: Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Mixtral,
 GPT-2, GPT-NeoX, Gemma2, Phi3. Flash attention has a path of its own for such position ids, which was not tried.
 
 Some models ignore position ids when they make their mask (GPT-OSS, Falcon, OPT): documents see each other, and nothing
