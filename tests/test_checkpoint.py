@@ -28,9 +28,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from d9d_lora.state import checkpoint
-from d9d_lora.state.atomic import digest
+from d9d_lora.state.atomic import digest, write_text
 from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpoints
 from tests.pool import Pool, RankFailed
 
@@ -79,12 +80,20 @@ def job(layout: str) -> dict[str, Tensor]:
         state["extra.whole"] = distribute_tensor(torch.arange(4.0), mesh, [Replicate()])
         state["extra.number"] = distribute_tensor(torch.tensor(5.0), mesh, [Replicate()])
         state["extra.empty"] = distribute_tensor(torch.zeros(0, 3), mesh, [Shard(0)])
-        turned = distribute_tensor(torch.arange(24.0).reshape(4, 6), mesh, [Shard(0)]).to_local().t().contiguous().t()
-        state["extra.turned"] = DTensor.from_local(turned, mesh, [Shard(0)], shape=torch.Size((4, 6)), stride=(6, 1))
+        turned = distribute_tensor(torch.arange(48.0).reshape(8, 6), mesh, [Shard(0)]).to_local().t().contiguous().t()
+        state["extra.turned"] = DTensor.from_local(turned, mesh, [Shard(0)], shape=torch.Size((8, 6)), stride=(6, 1))
+        state["extra.strided"] = distribute_tensor(torch.arange(14.0).reshape(7, 2), mesh, [Shard(0)])
+        if layout == "fsdp2xtp2":  # first over tp, then over dp, as FSDP2 cuts a column-parallel weight; here unevenly
+            grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+            whole = torch.arange(14.0).reshape(7, 2)
+            mine = whole.chunk(2)[grid.get_local_rank("tp")].chunk(2)[grid.get_local_rank("dp")].clone()
+            cut = [_StridedShard(0, split_factor=2), Shard(0)]
+            state["extra.strided"] = DTensor.from_local(mine, grid, cut, shape=whole.shape, stride=whole.stride())
     else:
+        state["extra.strided"] = torch.arange(14.0).reshape(7, 2)
         state["extra.columns"], state["extra.whole"] = torch.arange(21.0).reshape(3, 7), torch.arange(4.0)
         state["extra.number"], state["extra.empty"] = torch.tensor(5.0), torch.zeros(0, 3)
-        state["extra.turned"] = torch.arange(24.0).reshape(4, 6).t().contiguous().t()
+        state["extra.turned"] = torch.arange(48.0).reshape(8, 6).t().contiguous().t()
     return state
 
 
@@ -467,6 +476,14 @@ def test_nodes_without_a_common_file_system_are_told_so(pool: Pool, tmp_path: Pa
     assert "rank 1" in first
     assert "must be on a file system that all nodes share" in first
     assert list((tmp_path / "node").iterdir()) == []
+
+
+def test_a_pointer_that_cannot_be_synced_keeps_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "latest", "step_00000001")
+    monkeypatch.setattr(os, "fsync", full_fsync)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "latest", "step_00000002")
+    assert (tmp_path / "latest").read_text() == "step_00000001"
 
 
 def test_a_document_that_is_no_json_fails_the_save(tmp_path: Path) -> None:
