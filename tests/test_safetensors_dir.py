@@ -36,7 +36,8 @@ def test_reads_every_dtype_whole_and_by_the_box(tmp_path):
     save_file(tensors, tmp_path / SINGLE, metadata={"format": "pt"})
     with open_checkpoint(tmp_path) as files:
         assert files.names() == sorted(tensors)
-        assert files.files() == [tmp_path / SINGLE] and files.file_of("F32") == tmp_path / SINGLE
+        assert files.files() == [tmp_path / SINGLE]
+        assert files.file_of("F32") == tmp_path / SINGLE
         for name, tensor in tensors.items():
             assert (files.shape(name), files.dtype(name)) == (tuple(tensor.shape), tensor.dtype)
             assert files.read(name).tolist() == tensor.tolist()
@@ -69,7 +70,8 @@ def test_index_of_two_files_and_the_index_itself(tmp_path):
     write_index(tmp_path, {"a": "x-1.safetensors", "b": "x-2.safetensors"})
     for path in (tmp_path, tmp_path / INDEX):
         with open_checkpoint(path) as files:
-            assert files.names() == ["a", "b"] and files.file_of("b").name == "x-2.safetensors"
+            assert files.names() == ["a", "b"]
+            assert files.file_of("b").name == "x-2.safetensors"
 
 
 def test_hub_cache_links_are_followed_and_no_others(tmp_path):
@@ -191,7 +193,8 @@ def test_refuses_index(tmp_path, file, says):
     write_index(root, {"w": file})
     with pytest.raises(CheckpointError, match=says) as caught:
         open_checkpoint(root)
-    assert "'w'" in str(caught.value) and "model" in str(caught.value)
+    assert "'w'" in str(caught.value)
+    assert "model" in str(caught.value)
 
 
 def test_refuses_directories(tmp_path):
