@@ -26,7 +26,7 @@ generator seeded from (seed, full name), and each rank keeps its part (`fill_`).
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,21 +194,28 @@ class ReplicatedSum:
     Build it after `fully_shard`, call `reduce()` after the last backward of a step and before the clip.
     """
 
-    def __init__(self, layers: Iterator[Any] | list[Any]) -> None:
+    def __init__(self, layers: Iterable[Any], in_parts: Sequence[tuple[nn.Module, str, DeviceMesh]] = ()) -> None:
+        """`in_parts`: (owner, name, mesh) of other trained parameters whose gradients are parts (norms of sharded tokens)."""
         self._layers = [layer for layer in layers if layer.placing.mesh is not None and layer.placing.mesh.size() > 1]
+        self._others = list(in_parts)
         for layer in self._layers:
             layer.sums_own_parts = False  # [Note: who sums the replicated factor's gradient]
+
+    def _parameters(self) -> Iterator[tuple[nn.Parameter, DeviceMesh]]:
+        for layer in self._layers:  # looked up anew each time: fully_shard replaces parameters
+            for p in layer.parameters_in_parts():
+                yield p, layer.placing.mesh
+        for owner, name, mesh in self._others:
+            yield owner.get_parameter(name), mesh
 
     @torch.no_grad()
     def reduce(self) -> int:
         """Returns the number of elements that travelled."""
         buckets: dict[tuple[dist.ProcessGroup, torch.dtype], list[Tensor]] = {}
-        for layer in self._layers:
-            group = layer.placing.mesh.get_group()
-            for p in layer.parameters_in_parts():
-                if p.grad is not None:
-                    grad = local_of(p.grad)
-                    buckets.setdefault((group, grad.dtype), []).append(grad)
+        for p, mesh in self._parameters():
+            if p.grad is not None:
+                grad = local_of(p.grad)
+                buckets.setdefault((mesh.get_group(), grad.dtype), []).append(grad)
         travelled = 0
         for (group, _), grads in buckets.items():  # insertion order: the order of layers, the same on every rank
             flat = torch.cat([g.reshape(-1) for g in grads])

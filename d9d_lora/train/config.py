@@ -1,0 +1,153 @@
+"""The config of a run. Hydra composes it from `configs/`, pydantic checks it once, here; nothing else reads YAML.
+
+Every field says what it means where it is declared; `configs/` holds the same defaults as YAML for the command line.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from d9d_lora.registry import config_from
+from d9d_lora.train.data import DataConfig
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class ModelConfig(Strict):
+    """The base model: a Hugging Face causal language model, or any callable that returns a module."""
+
+    path: str | None = Field(None, description="a local directory of safetensors, or a hub id")
+    target: str | None = Field(None, alias="_target_", description="a callable `package.module:name` that returns the module instead")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of that callable")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto", description="dtype of the frozen base; auto: bfloat16 where it is fast here, else float32"
+    )
+    attention: str = Field("sdpa", description="attention implementation of transformers: sdpa, eager, flash_attention_2")
+    tokenizer: str | None = Field(None, description="where the tokenizer is, if not in `path`")
+    ignore_unexpected: list[str] = Field(
+        default_factory=list, description="regular expressions for keys of the checkpoint that the model may lack"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.path is None and self.target is None:
+            raise ValueError("give model.path (a directory or a hub id) or model._target_ (a callable that returns a module)")
+        return self
+
+
+class ParallelConfig(Strict):
+    """The layout. Degrees multiply to the number of processes."""
+
+    dp_replicate: int = Field(1, ge=1, description="replicas that hold all of the model (HSDP with dp_shard > 1)")
+    dp_shard: int = Field(-1, ge=-1, description="FSDP2 shards; -1: what the other degrees leave")
+    tp: int = Field(1, ge=1, description="tensor-parallel ranks")
+    sequence_parallel: bool = Field(False, description="between layers, shard the tokens over the tensor-parallel ranks")
+
+    def resolved(self, world: int) -> "ParallelConfig":
+        """With dp_shard a number, or an error that says which degrees would fit `world` processes."""
+        others = self.dp_replicate * self.tp
+        shard = world // others if self.dp_shard == -1 else self.dp_shard
+        if self.dp_shard == 0 or others * shard != world:
+            raise ValueError(
+                f"parallel: dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard if self.dp_shard != -1 else '(the rest)'} x "
+                f"tp {self.tp} does not make the {world} processes of this run; launch {others * max(self.dp_shard, 1)} processes, or "
+                f"choose degrees whose product is {world}"
+            )
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("parallel.sequence_parallel needs parallel.tp > 1, and would be ignored without it")
+        return self.model_copy(update={"dp_shard": shard})
+
+
+class OptimConfig(Strict):
+    """AdamW, its schedule and the clip."""
+
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averages")
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0, description="steps from 0 to the peak")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="from the peak to `final` x the peak")
+    final: float = Field(0.0, ge=0, le=1, description="the last learning rate, as a part of the peak")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of all gradients together; null: no clip")
+
+
+class LoopConfig(Strict):
+    """The loop."""
+
+    steps: int = Field(100, ge=1, description="optimiser steps in all, whatever was resumed")
+    seed: int = Field(0, ge=0, description="of data order, starts and masks")
+    device: str = Field("auto", description="cpu, cuda, ...; auto: the accelerator, if there is one")
+    activation_checkpointing: bool = Field(False, description="recompute blocks in the backward instead of keeping activations")
+    compile: bool = Field(False, description="torch.compile of each block")
+    compile_backend: str = Field("inductor", description="backend of torch.compile")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: before the first and after the last step only")
+    log_every: int = Field(1, ge=1, description="steps between lines of progress (metrics.jsonl has every step)")
+    check_every: int = Field(50, ge=1, description="steps between comparisons of replicated factors across ranks")
+    timeout_s: int = Field(600, ge=10, description="how long a collective may wait for a rank before the run is stopped")
+
+
+class CheckpointConfig(Strict):
+    """Checkpoints of adapter and optimiser."""
+
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: one at the end")
+    keep: int = Field(3, ge=1, description="how many are kept; `latest` and `best` always are")
+    resume: str = Field("auto", description="auto, never, must, or the path of a checkpoint")
+
+
+class TrackerConfig(Strict):
+    """Beside metrics.jsonl, which is always written."""
+
+    tensorboard: bool = Field(True, description="TensorBoard events in <output_dir>/tb")
+    plot: bool = Field(True, description="the loss curve as <output_dir>/report.png")
+
+
+class RunConfig(Strict):
+    """One run."""
+
+    output_dir: Path = Field(Path("outputs/run"), description="one directory, whatever the number of ranks")
+    model: ModelConfig
+    data: DataConfig
+    peft: Annotated[SerializeAsAny[BaseModel], BeforeValidator(config_from)]
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # type: ignore[arg-type]
+    optim: OptimConfig = Field(default_factory=OptimConfig)  # type: ignore[arg-type]
+    train: LoopConfig = Field(default_factory=LoopConfig)  # type: ignore[arg-type]
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # type: ignore[arg-type]
+    tracker: TrackerConfig = Field(default_factory=TrackerConfig)  # type: ignore[arg-type]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run: every fault with its path, and the nearest valid key."""
+
+
+def check_config(container: dict[str, Any], *, source: str = "the config") -> RunConfig:
+    """Validates a composed config; all faults in one readable error.
+
+    Raises:
+        ConfigError: with a line for each fault: its path (`peft.params.r`), what came, what was expected.
+    """
+    try:
+        return RunConfig.model_validate(container)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            path = ".".join(str(p) for p in fault["loc"])
+            line = f"{path or 'config'}: {fault['msg'].removeprefix('Value error, ')}"
+            if fault["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(str(fault["loc"][-1]), _keys_at(fault["loc"][:-1]), n=1)
+                line = f"{path}: no such field" + (f"; did you mean {near[0]!r}?" if near else "")
+            elif fault["type"] not in ("value_error", "missing"):
+                line += f", got {fault['input']!r}"
+            lines.append(f"  {line}")
+        raise ConfigError(f"{source} has {len(lines)} fault(s):\n" + "\n".join(lines)) from None
+
+
+def _keys_at(path: tuple[int | str, ...]) -> list[str]:
+    model: Any = RunConfig
+    for step in path:
+        fields = getattr(model, "model_fields", {})
+        model = fields[step].annotation if step in fields else None
+    return list(getattr(model, "model_fields", {}))

@@ -1,0 +1,287 @@
+"""The base model: shapes on meta, its own tensor-parallel plan in torch's styles, FSDP2, and its weights streamed in.
+
+    open_model -> apply_tensor_parallel -> (inject) -> apply_data_parallel -> materialise -> load
+"""
+
+import contextlib
+import importlib
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel
+from torch.utils.checkpoint import checkpoint
+
+from d9d_lora.layers import AdaptedLayer
+from d9d_lora.method import adapted_layers
+from d9d_lora.placement import local_of
+from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperSequential
+from d9d_lora.state.reader import LoadReport, hf_prefix_mapper, load_checkpoint
+from d9d_lora.state.safetensors_dir import open_checkpoint
+from d9d_lora.styles import parallelize_adapted
+from d9d_lora.train.config import ModelConfig, ParallelConfig
+
+
+@dataclass
+class Base:
+    """A base model and what is known of it.
+
+    Attributes:
+        directory: Where its weights are; None for a callable without a checkpoint, whose weights are already there.
+        in_parts: (owner, name) of parameters outside any tensor-parallel layer of which each rank sees only a part of the
+            activations (the query and key norms of local heads; norms in sequence-parallel regions).
+    """
+
+    module: nn.Module
+    directory: Path | None
+    in_parts: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    @property
+    def is_hf(self) -> bool:
+        return hasattr(self.module, "config") and hasattr(self.module, "_init_weights")
+
+
+def local_directory(path: str) -> Path:
+    """A model directory: a local one as it is, a hub id downloaded (safetensors, JSON and tokenizer files only, never pickle)."""
+    if Path(path).is_dir():
+        return Path(path)
+    if path.startswith((".", "/")) or path.count("/") > 1:
+        raise FileNotFoundError(f"model.path={path}: no such directory, and it is no hub id (owner/name) either")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+    except Exception as error:
+        raise FileNotFoundError(f"model.path={path}: neither a local directory nor a model the hub can give now ({error})") from error
+
+
+def open_model(config: ModelConfig, dtype: torch.dtype) -> Base:
+    """Builds the module: on meta if its weights come from a directory, for real if a callable makes them."""
+    directory = local_directory(config.path) if config.path else None
+    if config.target:
+        make = _callable(config.target)
+        with torch.device("meta") if directory else contextlib.nullcontext():
+            module = make(**config.kwargs)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model._target_={config.target} returned a {type(module).__name__}; expected a torch.nn.Module")
+        return Base(module.to(dtype), directory)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    assert directory is not None
+    hf_config = AutoConfig.from_pretrained(directory)
+    hf_config.use_cache = False
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=config.attention)
+    module.tie_weights()
+    return Base(module, directory)
+
+
+def _callable(target: str) -> Callable[..., Any]:
+    module, _, name = target.replace(":", ".").rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"model._target_={target}: cannot be imported ({error}); expected package.module.name") from error
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on accelerators, and on a CPU if a product in bfloat16 is not slower than in float32 (0.1 s of timing)."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cpu":
+        return torch.bfloat16
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 1024, dtype=dtype)
+        a @ a.T
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ a.T
+        seconds[dtype] = time.perf_counter() - start
+    return min(seconds, key=lambda d: seconds[d])
+
+
+# -- tensor parallelism -----------------------------------------------------------------------------------------------------------
+
+_STYLES: dict[str, Callable[[], ParallelStyle | None]] = {
+    "colwise": lambda: ColwiseParallel(),
+    "rowwise": lambda: RowwiseParallel(),
+    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "colwise_rep": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "replicated_with_grad_allreduce": lambda: None,
+}
+
+
+def apply_tensor_parallel(base: Base, mesh: DeviceMesh, *, sequence: bool) -> None:
+    """Shards a Hugging Face model by its own plan, in torch's styles; q, k, v and gate, up share one reduction of their input.
+
+    With `sequence`, tokens are sharded between blocks: the residual stream and the norms hold 1/tp of them.
+    """
+    module = base.module
+    plan = getattr(module, "_tp_plan", None) or {}
+    if not plan:
+        raise ValueError(
+            f"{type(module).__name__} has no tensor-parallel plan; use parallel.tp=1 with dp_shard, or parallelize the module in your "
+            "own loop and inject afterwards"
+        )
+    check_heads(module, mesh.size())
+    styles: dict[str, ParallelStyle] = {}
+    for name, word in plan.items():
+        if word not in _STYLES:
+            raise ValueError(f"{name}: the model's plan says {word!r}, which is not known here; known: {', '.join(sorted(_STYLES))}")
+        style = _STYLES[word]()
+        if style is not None:
+            styles[name] = style
+    between = Shard(1) if sequence else Replicate()
+    for parent in {name.rpartition(".")[0] for name, word in plan.items() if word == "colwise"}:
+        # The parent's input becomes one DTensor for all its column-parallel layers: one gather, and one reduction of its gradient.
+        attention = parent.endswith(("attn", "attention"))
+        layout: dict[str, Any] = {"use_local_output": False}
+        if attention:
+            layout |= {"input_kwarg_layouts": {"hidden_states": between}, "desired_input_kwarg_layouts": {"hidden_states": Replicate()}}
+        else:
+            layout |= {"input_layouts": (between,), "desired_input_layouts": (Replicate(),)}
+        styles[parent] = PrepareModuleInput(**layout)
+    if sequence:
+        _shard_tokens(styles, plan, module)
+    parallelize_adapted(module, mesh, styles, src_data_rank=None)
+    for name, m in module.named_modules():
+        norm_of_heads = any(plan.get(_starred(n)) == "replicated_with_grad_allreduce" for n in (name,))
+        if norm_of_heads or (sequence and _in_token_region(name, plan)):
+            base.in_parts += [(m, leaf) for leaf, p in m.named_parameters(recurse=False) if not isinstance(p, DTensor)]
+
+
+def _shard_tokens(styles: dict[str, ParallelStyle], plan: dict[str, str], module: nn.Module) -> None:
+    # The model's own forward computes masks from the shape of the embeddings, so tokens are sharded at the first block's door.
+    blocks = _starred(blocks_of(module)[0][0])
+    styles[blocks.replace("*", "0")] = PrepareModuleInput(
+        input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),), use_local_output=True
+    )
+    for name, word in plan.items():
+        if word == "rowwise":
+            styles[name] = RowwiseParallel(output_layouts=Shard(1))
+        elif word in ("colwise_gather_output", "colwise_rep"):
+            styles[name] = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
+    if "lm_head" not in plan:
+        raise ValueError("parallel.sequence_parallel: the model's plan does not name its output head; use sequence_parallel=false")
+
+
+def _in_token_region(name: str, plan: dict[str, str]) -> bool:
+    """Norms of blocks and the last norm: everything between the first block's door and the head that holds parameters."""
+    return "norm" in name.rpartition(".")[2]
+
+
+def _starred(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def check_heads(module: nn.Module, tp: int) -> None:
+    """Heads are not split: tp must divide the key-value heads and the attention heads."""
+    config = getattr(module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for field_name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(text, field_name, None)
+        if heads and heads % tp:
+            fits = [t for t in range(1, heads + 1) if heads % t == 0]
+            raise ValueError(f"parallel.tp={tp} does not divide {field_name}={heads} of this model; degrees that do: {fits}")
+
+
+# -- data parallelism, recomputation, compilation ------------------------------------------------------------------------------------
+
+
+def blocks_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The repeated blocks: what a Hugging Face model names as not to be split, else the children of the longest ModuleList."""
+    names = set(getattr(module, "_no_split_modules", None) or ())
+    found = [(n, m) for n, m in module.named_modules() if type(m).__name__ in names]
+    if found:
+        return found
+    lists = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and not isinstance(m, AdaptedLayer)]
+    if not lists:
+        return []
+    name, longest = max(lists, key=lambda item: len(item[1]))
+    return [(f"{name}.{i}" if name else str(i), m) for i, m in enumerate(longest)]
+
+
+def recompute(module: nn.Module) -> None:
+    """Keeps only the inputs of each block and computes the rest again in the backward (never reentrant: adapters would get
+    no gradient)."""
+    for _, block in blocks_of(module):
+        inner = block.forward
+        block.forward = lambda *args, _inner=inner, **kwargs: checkpoint(_inner, *args, use_reentrant=False, **kwargs)  # type: ignore[method-assign]
+
+
+def apply_data_parallel(module: nn.Module, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
+    """FSDP2 of every block and the root, HSDP if there are replicas. Gradients are summed: losses are parts of a global mean."""
+    if parallel.dp_replicate * parallel.dp_shard == 1:
+        return
+    dp = mesh["dp_replicate", "dp_shard"] if parallel.dp_replicate > 1 else mesh["dp_shard"]
+    for _, block in blocks_of(module):
+        fully_shard(block, mesh=dp)
+    fully_shard(module, mesh=dp)
+    for m in fsdp_modules(module):
+        m.set_gradient_divide_factor(1.0)  # does not recurse
+
+
+def fsdp_modules(module: nn.Module) -> Iterator[FSDPModule]:
+    return (m for m in module.modules() if isinstance(m, FSDPModule))
+
+
+# -- memory and weights ---------------------------------------------------------------------------------------------------------------
+
+
+def materialise(base: Base, device: torch.device) -> None:
+    """Memory for every tensor; buffers that no checkpoint holds (rotary caches, embedding scales) get their values."""
+    module = base.module
+    if any(p.is_meta for p in module.parameters()):
+        module.to_empty(device=device)
+        for m in module.modules():
+            if m._non_persistent_buffers_set and base.is_hf:
+                with torch.no_grad():
+                    module._init_weights(m)  # type: ignore[operator]
+    else:
+        module.to(device)
+    for layer in adapted_layers(module):
+        layer.reset_parameters()
+
+
+def load(base: Base, mapper: ModelStateMapper, config: ModelConfig) -> LoadReport | None:
+    """Streams the base weights in, each rank the bytes of its shard. None if the module came with its weights."""
+    if base.directory is None:
+        return None
+    module = base.module
+    factors = {f"{n}.{f}.weight" for n, m in module.named_modules() if isinstance(m, AdaptedLayer) for f in m.delta.axes}
+    with open_checkpoint(base.directory) as files:
+        chain: list[ModelStateMapper] = [mapper]
+        prefix = getattr(module, "base_model_prefix", "")
+        if prefix:
+            renamed = {out: inp for g in mapper.state_dependency_groups() for inp in g.inputs for out in g.outputs}
+            expected = [renamed.get(n, n) for n, _ in module.named_parameters(remove_duplicate=False)]
+            mend = hf_prefix_mapper(expected, files.names(), prefix)
+            if mend is not None:
+                chain.insert(0, mend)
+        ignore = [*config.ignore_unexpected, *(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or [])]
+        ignore += [r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$"]  # caches that older files hold
+        whole = chain[0] if len(chain) == 1 else ModelStateMapperSequential(chain)
+        return load_checkpoint(module, files, whole, skip=factors, ignore_unexpected=ignore)
+
+
+def accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the inputs that the module's forward takes: a module of the user's own may want the ids alone."""
+    signature = inspect.signature(module.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in signature.values()):
+        return inputs
+    return {k: v for k, v in inputs.items() if k in signature}
+
+
+def bytes_held(module: nn.Module) -> int:
+    """Bytes of the parameters this rank holds."""
+    return sum(local_of(p).numel() * p.element_size() for p in module.parameters())

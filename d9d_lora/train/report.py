@@ -1,0 +1,212 @@
+"""What a person sees: the table of what will be trained, one line of progress, the curve. And `metrics.jsonl`, for everything else."""
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from d9d_lora.method import adapted_layers
+from d9d_lora.state.names import clean
+from d9d_lora.train.config import TrackerConfig
+
+console = Console(file=sys.stdout, soft_wrap=True)
+
+
+def census(module: nn.Module) -> dict[str, Any]:
+    """What will be trained, from shapes alone (nothing need be allocated): one row a kind of parameter, layers counted."""
+    layers = {id(p): layer for layer in adapted_layers(module) for p in layer.factors().values()}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    total = trained = held = 0
+    for name, p in module.named_parameters():
+        total += p.numel()
+        if not p.requires_grad:
+            continue
+        trained += p.numel()
+        layer = layers.get(id(p))
+        local = p.to_local().numel() if isinstance(p, DTensor) else p.numel()
+        held += local * p.element_size()
+        placement = ", ".join(map(str, p.placements)) if isinstance(p, DTensor) else "whole"
+        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", clean(name))
+        key = (kind, tuple(p.shape), placement, str(p.dtype))
+        row = rows.setdefault(
+            key,
+            {
+                "parameter": kind,
+                "method": str(layer.delta) if layer else "trained whole",
+                "base": str(layer.placing) if layer else "",
+                "shape": list(p.shape),
+                "dtype": str(p.dtype).removeprefix("torch."),
+                "placement": placement,
+                "count": 0,
+                "elements": 0,
+                "bytes_here": 0,
+            },
+        )
+        row["count"] += 1
+        row["elements"] += p.numel()
+        row["bytes_here"] += local * p.element_size()
+    return {"rows": list(rows.values()), "trained": trained, "total": total, "bytes_here": held}
+
+
+def show_census(found: Mapping[str, Any], passed_over: list[str]) -> None:
+    table = Table(title="What will be trained", title_justify="left", header_style="bold")
+    for head, justify in [("parameter", "left"), ("x", "right"), ("method", "left"), ("base", "left"), ("shape", "left")]:
+        table.add_column(head, justify=justify)  # type: ignore[arg-type]
+    table.add_column("placement")
+    table.add_column("here", justify="right")
+    for row in found["rows"]:
+        shape = " x ".join(map(str, row["shape"]))
+        table.add_row(
+            row["parameter"], str(row["count"]), row["method"], row["base"], shape, row["placement"], size(row["bytes_here"])
+        )
+    console.print(table)
+    share = 100 * found["trained"] / max(found["total"], 1)
+    console.print(
+        f"{found['trained']:,} of {found['total']:,} parameters are trained ({share:.2f} %); {size(found['bytes_here'])} of them and "
+        f"{size(2 * found['bytes_here'])} of optimiser state on this rank"
+    )
+    if passed_over:
+        console.print(f"matched, and left alone because no layer kind adapts them: {', '.join(passed_over[:8])}")
+
+
+def size(n: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+def span(seconds: float) -> str:
+    """A duration for people."""
+    s = int(seconds)
+    return f"{s // 3600}:{s % 3600 // 60:02d}:{s % 60:02d}" if s >= 3600 else f"{s // 60}:{s % 60:02d}"
+
+
+class Tracker:
+    """metrics.jsonl, TensorBoard and the line of progress, on the first rank only; a no-op on the others."""
+
+    def __init__(self, directory: Path | None, config: TrackerConfig, steps: int) -> None:
+        self._directory, self._config, self._steps = directory, config, steps
+        self._board: Any = None
+        self._began = time.monotonic()
+        self._first: int | None = None
+        if directory is None:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        if config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(directory / "tb"))
+            except ImportError:
+                self.say("tensorboard is not installed: no events are written (pip install d9d_lora[report])")
+
+    def say(self, text: str) -> None:
+        if self._directory is not None:
+            console.print(text, markup=False, highlight=False)
+
+    def rewind(self, step: int) -> None:
+        """Drops what a killed run logged beyond the checkpoint it resumes from: each step is told once."""
+        if self._directory is None:
+            return
+        self._file.close()
+        path = self._directory / "metrics.jsonl"
+        rows = [r for r in read_metrics(path) if r["step"] <= step]
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def step(self, step: int, values: Mapping[str, float], *, show: bool) -> None:
+        """One optimiser step; `values` has loss, learning_rate, gradient_norm, tokens, tokens_per_second."""
+        self._write({"step": step, **values})
+        if self._first is None:
+            self._first, self._began = step, time.monotonic()
+        if show and self._directory is not None:
+            done = step - self._first
+            left = span((time.monotonic() - self._began) / done * (self._steps - step)) if done else "?"
+            self.say(
+                f"step {step:>5}/{self._steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  |g| "
+                f"{values['gradient_norm']:.3f}  {values['tokens_per_second']:,.0f} tokens/s  {left} left"
+            )
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        self._write({"step": step, **{f"eval_{k}": v for k, v in values.items()}})
+        told = f"evaluation at step {step}: loss {values['loss']:.4f}, perplexity {values['perplexity']:.3f}"
+        self.say(told + f", exact match {100 * values['exact_match']:.1f} %")
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._directory is None:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in row.items():
+                if key != "step" and math.isfinite(value):
+                    self._board.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        """Draws the curve and closes the files."""
+        if self._directory is None:
+            return
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._config.plot:
+            try:
+                draw_curve(self._directory / "metrics.jsonl", self._directory / "report.png")
+            except ImportError:
+                self.say("matplotlib is not installed: no report.png (pip install d9d_lora[report])")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut off by a kill is dropped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def draw_curve(metrics: Path, picture: Path) -> None:
+    """Training and evaluation loss, and the learning rate, over steps."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(metrics)
+    train = [(r["step"], r["loss"], r["learning_rate"]) for r in rows if "loss" in r]
+    evaluation = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    if train:
+        axes.plot([t[0] for t in train], [t[1] for t in train], color="tab:blue", alpha=0.35, linewidth=1)
+        axes.plot([t[0] for t in train], _smooth([t[1] for t in train]), color="tab:blue", label="training loss")
+        rate = axes.twinx()
+        rate.plot([t[0] for t in train], [t[2] for t in train], color="tab:gray", linewidth=0.8, linestyle=":")
+        rate.set_ylabel("learning rate (dotted)")
+    if evaluation:
+        axes.plot(*zip(*evaluation), color="tab:orange", marker="o", label="held-out loss")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss a target token")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
+def _smooth(values: list[float], keep: float = 0.9) -> list[float]:
+    smooth, weight, out = 0.0, 0.0, []
+    for v in values:
+        smooth, weight = keep * smooth + (1 - keep) * v, keep * weight + (1 - keep)
+        out.append(smooth / weight)
+    return out

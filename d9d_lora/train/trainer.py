@@ -1,0 +1,436 @@
+"""The trainer, in one sitting: build, check, train, prove, save. It knows methods by their interface only.
+
+One optimiser step, on every layout:
+
+    loss of a microbatch = sum over its target tokens / target tokens of the whole global batch
+    backward of each     no collective of the adapters; FSDP2 reduces with the last one
+    ReplicatedSum        one all-reduce over tensor parallelism for the whole model
+    clip, AdamW          fp32
+
+Nothing of a step depends on the layout: data, starts, masks and the random numbers of the base come from (seed, step, microbatch).
+"""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from d9d_lora.inject import inject_peft_and_freeze
+from d9d_lora.method import PeftMethod, adapted_layers
+from d9d_lora.placement import ReplicatedSum, full_of, key_of
+from d9d_lora.registry import peft_method_from_config
+from d9d_lora.state.atomic import decided, write_text
+from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpoints
+from d9d_lora.state.names import clean
+from d9d_lora.state.peft_format import save_adapter
+from d9d_lora.state.safetensors_dir import open_checkpoint
+from d9d_lora.train import model as models
+from d9d_lora.train.batches import Batches, MicroBatch, shift_labels, sweep
+from d9d_lora.train.checks import Coverage, check_replicas
+from d9d_lora.train.config import RunConfig
+from d9d_lora.train.data import load_data
+from d9d_lora.train.encode import IGNORE
+from d9d_lora.train.optim import adamw, clip_, learning_rate, optimiser_state
+from d9d_lora.train.report import Tracker, census, show_census, size
+from d9d_lora.train.world import World
+
+REQUEUE = 75  # the exit code of a run that was told to stop and saved: EX_TEMPFAIL, "try again"
+COVERED_AFTER = 2  # a zero factor wakes its partner: after two steps every factor must have had a gradient
+
+
+class Stopped(SystemExit):
+    """The run was told to stop (SIGTERM, SIGUSR1), saved, and can be resumed."""
+
+    def __init__(self) -> None:
+        super().__init__(REQUEUE)
+
+
+class Trainer:
+    """Everything of one run. `Trainer(config, world).run()`."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        torch.manual_seed(config.train.seed)
+        self.dtype = decided("choosing the dtype", lambda: models.choose_dtype(config.model.dtype, world.device))
+        self.output = config.output_dir
+        self.tracker = Tracker(self.output if world.is_first else None, config.tracker, config.train.steps)
+        self.tokenizer = self._tokenizer()
+        self._open_data()
+        self._build()
+        self.optimiser = adamw(self.params, config.optim)
+        self.checkpoints = Checkpoints(self.output / "checkpoints", keep=config.checkpoint.keep)
+        self.step, self.consumed, self.best = 0, 0, math.inf
+        self._stop = False
+
+    # -- building ------------------------------------------------------------------------------------------------------------
+
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        source = self.config.model.tokenizer or self.config.model.path
+        if source is None:
+            raise ValueError("model.tokenizer: a model from a callable needs to be told where its tokenizer is")
+        return AutoTokenizer.from_pretrained(models.local_directory(source))
+
+    def _open_data(self) -> None:
+        data, loop, world = self.config.data, self.config.train, self.world
+        loaded = load_data(data, self.tokenizer, seed=loop.seed)
+        self.held_out = loaded.eval
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        self.pad_id: int = pad or 0
+        self.batches = Batches(
+            loaded.train,
+            batch_size=data.batch_size,
+            micro_batch_size=data.micro_batch_size,
+            seq_len=data.seq_len,
+            pad_id=self.pad_id,
+            seed=loop.seed,
+            packing=data.packing,
+            dp_rank=world.dp_rank,
+            dp_size=world.dp_size,
+        )
+        self.tracker.say(f"data: {loaded.report}")
+        if self.held_out:
+            self.tracker.say(f"held out: {len(self.held_out):,} samples")
+
+    def _build(self) -> None:
+        """[the data's way through the house] meta, tensor parallel, inject, table, FSDP2, memory, weights, starts."""
+        config, world = self.config, self.world
+        self.base = models.open_model(config.model, self.dtype)
+        self.model: nn.Module = self.base.module
+        if world.parallel.tp > 1:
+            assert world.mesh is not None
+            models.apply_tensor_parallel(self.base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
+        self.method: PeftMethod = peft_method_from_config(self._seeded(config.peft))
+        result_of = _Remember(self.method)
+        mapper = inject_peft_and_freeze(result_of, self.model)  # type: ignore[arg-type]
+        whole = self._in_fp32()
+        self.autocast = whole and self.dtype in (torch.bfloat16, torch.float16)
+        self.census = census(self.model)
+        if world.is_first:
+            show_census(self.census, result_of.passed_over)
+        if world.parallel.sequence_parallel:
+            lost = [la.name for la in adapted_layers(self.model) if la.placing.mesh is None]
+            if lost:
+                raise ValueError(f"parallel.sequence_parallel: {lost[:4]} are not in the model's plan, so their gradients would be partial")
+        if config.train.activation_checkpointing:
+            models.recompute(self.model)
+        if config.train.compile:
+            for _, block in models.blocks_of(self.model):
+                block.compile(backend=config.train.compile_backend)
+        if world.mesh is not None:
+            models.apply_data_parallel(self.model, world.mesh, world.parallel)
+        models.materialise(self.base, world.device)
+        report = models.load(self.base, mapper, config.model)
+        if report:
+            self.tracker.say(
+                f"base: {report.tensors} tensors, {size(report.bytes_read)} read by this rank in {report.seconds:.1f} s, {self.dtype}, "
+                f"{size(models.bytes_held(self.model))} held"
+            )
+        self.method.initialise(self.model)
+        self.params = {clean(n): p for n, p in sorted(self.model.named_parameters(), key=lambda x: clean(x[0])) if p.requires_grad}
+        self.sum = ReplicatedSum(adapted_layers(self.model), in_parts=self._thawed_parts())
+        self.fsdp = list(models.fsdp_modules(self.model))
+        self.clocks = {id(c): c for la in adapted_layers(self.model) if (c := la.dropout.clock) is not None}.values()
+
+    def _seeded(self, peft: Any) -> Any:
+        """The starts follow train.seed, unless the method's config sets a seed of its own."""
+        if hasattr(peft, "methods"):
+            return peft.model_copy(update={"methods": [self._seeded(m) for m in peft.methods]})
+        if "seed" in type(peft).model_fields and "seed" not in peft.model_fields_set:
+            return peft.model_copy(update={"seed": self.config.train.seed})
+        return peft
+
+    def _in_fp32(self) -> bool:
+        """Parameters trained whole are trained in fp32, as factors are; returns whether there are any."""
+        factors = {id(p) for la in adapted_layers(self.model) for p in la.factors().values()}
+        whole = [p for p in self.model.parameters() if p.requires_grad and id(p) not in factors]
+        for p in whole:
+            if p.dtype in (torch.bfloat16, torch.float16):
+                p.data = p.data.float()
+        return bool(whole)
+
+    def _thawed_parts(self) -> list[tuple[nn.Module, str, Any]]:
+        if self.world.parallel.tp == 1 or self.world.mesh is None:
+            return []
+        mesh = self.world.mesh["tp"]
+        return [(m, leaf, mesh) for m, leaf in self.base.in_parts if m.get_parameter(leaf).requires_grad]
+
+    # -- the run ---------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the last step, and returns what a summary needs. Resumes by itself, as the config says."""
+        loop = self.config.train
+        self._resume()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._told_to_stop)
+        check_replicas(self.params, "at the start")
+        before = self.evaluate() if self.held_out else {}
+        if before:
+            self.tracker.evaluation(self.step, before)
+        coverage = Coverage(self.params) if self.step == 0 else None
+        first, began = self.step, time.monotonic()
+        latest = before
+        while self.step < loop.steps:
+            values = self.train_step(coverage)
+            self.tracker.step(self.step, values, show=self.step % loop.log_every == 0 or self.step == loop.steps)
+            if coverage and self.step == min(COVERED_AFTER, loop.steps) and loop.steps >= COVERED_AFTER:
+                coverage.check(self.step, self.world.device)
+                coverage = None
+            if self.step % loop.check_every == 0:
+                check_replicas(self.params, f"at step {self.step}")
+            last = self.step == loop.steps
+            improved = False
+            if self.held_out and (last or (loop.eval_every and self.step % loop.eval_every == 0)):
+                latest = self.evaluate()
+                self.tracker.evaluation(self.step, latest)
+                improved, self.best = latest["loss"] < self.best, min(self.best, latest["loss"])
+            stop = self.world.any(self._stop)
+            every = self.config.checkpoint.every
+            if last or stop or improved or (every and self.step % every == 0):
+                self.save(best=improved)
+            if stop and not last:
+                self.tracker.say(f"told to stop: saved at step {self.step}; the same command resumes")
+                self.tracker.close()
+                raise Stopped
+        seconds = time.monotonic() - began
+        self._export()
+        self.tracker.close()
+        peak = max_memory(self.world.device)
+        return {
+            "before": before,
+            "after": latest,
+            "seconds": seconds,
+            "steps": self.step - first,
+            "peak_bytes": peak,
+            "trained": self.census["trained"],
+        }
+
+    def train_step(self, coverage: Coverage | None = None) -> dict[str, float]:
+        """One optimiser step over this rank's microbatches; returns its metrics."""
+        config, device = self.config, self.world.device
+        began = time.monotonic()
+        self.model.train()
+        micro = [b.to(device) for b in self.batches.step(self.consumed)]
+        counts = torch.tensor([sum(b.target_tokens for b in micro), sum(b.input_ids.numel() for b in micro)], dtype=torch.float64)
+        targets, tokens = self.world.sum_over_dp(counts.to(*_wide(device))).tolist()
+        rate = learning_rate(config.optim, self.step, config.train.steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), dtype=_wide(device)[1], device=device)
+        for i, batch in enumerate(micro):
+            for m in self.fsdp:
+                m.set_requires_gradient_sync(i == len(micro) - 1, recurse=False)
+            torch.manual_seed(key_of(config.train.seed, "ambient", self.step, batch.index))  # dropout of the base itself
+            for clock in self.clocks:
+                clock.set(self.step, batch.index)
+            loss, _, _ = self.loss(batch)
+            loss = loss / targets
+            total += loss.detach()
+            extra = self.method.extra_loss(self.model)
+            if extra is not None:
+                loss = loss + extra / (len(micro) * self.world.dp_size)
+            loss.backward()
+        self.sum.reduce()
+        if coverage:
+            coverage.observe()
+        norm = clip_(self.params.values(), config.optim.clip)
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"step {self.step + 1}: the gradient norm is {norm}; nothing was changed by this step. Lower optim.lr, use "
+                "model.dtype=float32, or look at the samples of this step"
+            )
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        self.consumed += config.data.batch_size
+        self.method.after_step(self.model, self.step)
+        loss_value = self.world.sum_over_dp(total).item()
+        seconds = time.monotonic() - began
+        return {
+            "loss": loss_value,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "tokens": tokens,
+            "target_tokens": targets,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+        }
+
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """(sum of the losses of target tokens, number of rows answered exactly, number of rows with a target)."""
+        inputs, targets = batch.inputs(), shift_labels(batch.labels)
+        sequence = self.world.parallel.sequence_parallel
+        if sequence and (short := -batch.input_ids.shape[1] % self.world.parallel.tp):
+            inputs, targets = self._lengthen(inputs, targets, short)
+        if self.base.is_hf and not sequence:
+            # Logits only where a row has a target: the head is the widest layer, and most positions teach nothing.
+            keep = (targets != IGNORE).any(0).nonzero().squeeze(1)
+            if 0 < len(keep) < targets.shape[1]:
+                inputs, targets = {**inputs, "logits_to_keep": keep}, targets[:, keep]
+        with torch.autocast(self.world.device.type, self.dtype, enabled=self.autocast):
+            output = self.model(**models.accepted(self.model, inputs))
+        logits: Tensor = output.logits if hasattr(output, "logits") else output
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        asked = (targets != IGNORE).any(1)
+        right = ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(1) & asked
+        return loss, right.sum(), asked.sum()
+
+    def _lengthen(self, inputs: dict[str, Any], targets: Tensor, more: int) -> tuple[dict[str, Any], Tensor]:
+        """Pads on the right to a multiple of the ranks that share the tokens; no real token sees the padding."""
+        ids, positions = inputs["input_ids"], inputs["position_ids"]
+        rows = ids.shape[0]
+        after = torch.arange(more, device=ids.device).expand(rows, more)
+        return (
+            {
+                **inputs,
+                "input_ids": torch.cat([ids, ids.new_full((rows, more), self.pad_id)], 1),
+                "position_ids": torch.cat([positions, after if self.config.data.packing else positions[:, -1:] + 1 + after], 1),
+            },
+            torch.cat([targets, targets.new_full((rows, more), IGNORE)], 1),
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss a target token, perplexity, and the share of held-out rows answered exactly (teacher-forced greedy: every
+        target token is the most likely one, which is what greedy decoding would produce)."""
+        self.model.eval()
+        device = self.world.device
+        sums = torch.zeros(4, dtype=_wide(device)[1], device=device)
+        for batch in sweep(
+            self.held_out,
+            micro_batch_size=max(self.config.data.micro_batch_size, 8),
+            seq_len=self.config.data.seq_len,
+            pad_id=self.pad_id,
+            dp_rank=self.world.dp_rank,
+            dp_size=self.world.dp_size,
+        ):
+            loss, right, asked = self.loss(batch.to(device))
+            sums += torch.stack([loss, torch.tensor(batch.target_tokens, device=device), right, asked]).to(sums)
+        loss, tokens, right, asked = self.world.sum_over_dp(sums).tolist()
+        mean = loss / tokens
+        return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "exact_match": right / asked}
+
+    # -- saving and resuming -----------------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, Tensor]:
+        weights = {f"model.{n}": p.detach() for n, p in self.params.items()}
+        return weights | optimiser_state(self.params, self.optimiser)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the run it continues; layout and length of the run are free."""
+        return {
+            "peft": json.loads(self.config.peft.model_dump_json()),
+            "base": self._fingerprint,
+            "data": self.batches.fingerprint,
+            "batch_size": self.config.data.batch_size,
+            "seed": self.config.train.seed,
+        }
+
+    @property
+    def _fingerprint(self) -> str:
+        if not hasattr(self, "_fingerprint_"):
+            self._fingerprint_ = decided("fingerprinting the base", lambda: fingerprint(self.base.directory))
+        return self._fingerprint_
+
+    def save(self, *, best: bool = False) -> None:
+        """A checkpoint, after a last look that replicas agree. A failed save is told and the run goes on."""
+        check_replicas(self.params, f"at the save of step {self.step}")
+        document = {"consumed": self.consumed, "best": self.best, "identity": self._identity()}
+        if document["best"] == math.inf:
+            document["best"] = None
+        try:
+            self.checkpoints.save(
+                self.step, self._tensors(), document, extras={"adapter": self._write_adapter} if self._has_adapter else None, best=best
+            )
+        except CheckpointFailed as error:
+            if self.step == self.config.train.steps:
+                raise
+            self.tracker.say(f"WARNING: {error}")
+
+    def _resume(self) -> None:
+        found = self.checkpoints.find(self.config.checkpoint.resume)
+        if found is None:
+            return
+        theirs, ours = found.document["identity"], self._identity()
+        differences = [f"{k}: the checkpoint has {theirs.get(k)!r}, this run {ours[k]!r}" for k in ours if theirs.get(k) != ours[k]]
+        if differences:
+            raise CheckpointError(
+                f"{found.path} belongs to another run:\n  " + "\n  ".join(differences) + "\nResume with the config it was made with, "
+                "choose another output_dir, or start anew with checkpoint.resume=never"
+            )
+        found.load(self._tensors())
+        self.step, self.consumed = found.step, found.document["consumed"]
+        self.best = math.inf if found.document["best"] is None else found.document["best"]
+        self.tracker.rewind(self.step)
+        self.tracker.say(f"resumed from {found.path} at step {self.step}")
+
+    @property
+    def _has_adapter(self) -> bool:
+        return any(True for _ in adapted_layers(self.model))
+
+    def _write_adapter(self, path: Path) -> None:
+        save_adapter(self.model, path, base=self.config.model.path)
+
+    def _export(self) -> None:
+        """The adapter on its own, read back and compared with the live model before the run says it is done."""
+        if self._has_adapter:
+            self._write_adapter(self.output / "adapter")
+            self.tracker.say(f"adapter: {self.output / 'adapter'} (read back and equal to the live model)")
+        if self.world.is_first:
+            write_text(self.output / "census.json", json.dumps(self.census, indent=1))
+
+    def _told_to_stop(self, number: int, frame: object) -> None:
+        self._stop = True
+
+
+class _Remember:
+    """Passes an injection through and keeps what its table should tell."""
+
+    def __init__(self, method: PeftMethod) -> None:
+        self._method = method
+        self.passed_over: list[str] = []
+
+    def inject(self, module: nn.Module) -> Any:
+        result = self._method.inject(module)
+        self.passed_over = result.passed_over
+        return result
+
+
+def fingerprint(directory: Path | None) -> str:
+    """A short name for the weights of a directory: names, shapes, dtypes, and 4 KiB from the middle of every file."""
+    if directory is None:
+        return "none"
+    digest = hashlib.sha256()
+    with open_checkpoint(directory) as files:
+        for name in files.names():
+            digest.update(f"{name} {files.shape(name)} {files.dtype(name)}\n".encode())
+        for file in sorted(files.files()):
+            with file.open("rb") as stream:
+                stream.seek(file.stat().st_size // 2)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()[:32]
+
+
+def max_memory(device: torch.device) -> int:
+    """Peak bytes of this process: of the accelerator, or resident on the CPU."""
+    if device.type != "cpu":
+        return int(torch.accelerator.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+
+
+def _wide(device: torch.device) -> tuple[torch.device, torch.dtype]:
+    """Where sums are kept: float64, but for devices that have none."""
+    return device, torch.float32 if device.type == "mps" else torch.float64
+

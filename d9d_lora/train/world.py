@@ -1,0 +1,90 @@
+"""Processes and their mesh: one process without torchrun, or what torchrun says, on any device type."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from d9d_lora.train.config import ParallelConfig
+
+MESH_AXES = ("dp_replicate", "dp_shard", "tp")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands. `mesh` is None on one process, which then needs no process group at all."""
+
+    rank: int
+    size: int
+    device: torch.device
+    parallel: ParallelConfig
+    mesh: DeviceMesh | None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def dp_size(self) -> int:
+        return self.parallel.dp_replicate * self.parallel.dp_shard
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.parallel.tp  # tp is the innermost axis of the mesh
+
+    def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
+        """Adds a small tensor over the ranks that see different data, in place."""
+        if self.mesh is not None and self.dp_size > 1:
+            for axis in MESH_AXES[:2]:
+                if self.mesh[axis].size() > 1:
+                    dist.all_reduce(values, group=self.mesh.get_group(axis))
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; every rank learns it."""
+        if self.mesh is None:
+            return flag
+        seen = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen.item())
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is the accelerator if there is one, else the CPU; a rank takes the device of its local number."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        name = accelerator.type if accelerator else "cpu"
+    device = torch.device(name)
+    if device.type == "cpu" or device.index is not None:
+        return device
+    available = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= available:
+        raise RuntimeError(f"train.device={name}: this node has {available} such devices, and local rank {local} needs one of its own")
+    return torch.device(device.type, local)
+
+
+def join(device: torch.device, parallel: ParallelConfig, timeout_s: int) -> World:
+    """Joins the process group that torchrun announced, if any, and makes the mesh (dp_replicate, dp_shard, tp)."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    parallel = parallel.resolved(size)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+    if size == 1:
+        return World(0, 1, device, parallel, None)
+    if not dist.is_initialized():
+        # Objects (errors, documents) and CPU tensors travel over gloo beside the accelerator's own backend.
+        backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    mesh = init_device_mesh(device.type, (parallel.dp_replicate, parallel.dp_shard, parallel.tp), mesh_dim_names=MESH_AXES)
+    return World(dist.get_rank(), size, device, parallel, mesh)
+
+
+def leave() -> None:
+    """Leaves together: without the barrier a rank that is done early may abort its peers' last collective."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
