@@ -180,8 +180,9 @@ class _Plan:
 
     def _add(self, group: StateGroup, mapper: ModelStateMapper) -> None:
         inputs = sorted(group.inputs)
-        wanted = sorted(group.outputs & self.targets.keys())
-        for name in sorted(group.outputs - self.targets.keys()):
+        outputs = sorted(group.outputs)
+        wanted = [name for name in outputs if name in self.targets]
+        for name in [name for name in outputs if name not in self.targets]:
             self._unknown(name, [name, *inputs], f"from {inputs[:3]}" if inputs != [name] else "")
         for name in wanted:
             if name in self.sources:
