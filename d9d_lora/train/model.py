@@ -26,7 +26,7 @@ from d9d_lora.placement import local_of
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperSequential
 from d9d_lora.state.reader import LoadReport, hf_prefix_mapper, load_checkpoint
 from d9d_lora.state.safetensors_dir import open_checkpoint
-from d9d_lora.styles import parallelize_adapted
+from d9d_lora.styles import parallelize_adapted, retie, tied_names
 from d9d_lora.train.config import ModelConfig, ParallelConfig
 
 
@@ -242,7 +242,9 @@ def materialise(base: Base, device: torch.device) -> None:
     """Memory for every tensor; buffers that no checkpoint holds (rotary caches, embedding scales) get their values."""
     module = base.module
     if any(p.is_meta for p in module.parameters()):
+        ties = tied_names(module)
         module.to_empty(device=device)
+        retie(module, ties)  # to_empty gives each name a tensor of its own
         for m in module.modules():
             if m._non_persistent_buffers_set and base.is_hf:
                 with torch.no_grad():
