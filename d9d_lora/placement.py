@@ -150,6 +150,10 @@ def full_of(p: Tensor) -> Tensor:
     return p.full_tensor() if isinstance(p, DTensor) else p
 
 
+def at_least_fp32(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
 def key_of(*parts: object) -> int:
     """A 63-bit number from any printable parts, the same in every process (Python's own `hash` is not)."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()

@@ -2,9 +2,9 @@
 
 import importlib.util
 
-import torch  # noqa: F401
-import torch.distributed.checkpoint  # noqa: F401
-import torch.distributed.fsdp  # noqa: F401
+import torch
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
 import torch.distributed.tensor.parallel  # noqa: F401
 
 if importlib.util.find_spec("transformers"):

@@ -1,4 +1,4 @@
-"""Hugging Face models from a directory on disk, through meta, their own plan, injection, FSDP2 and the reader: one process is the oracle."""
+"""Hugging Face models through meta, their own plan, injection, FSDP2 and the reader; one process is the oracle."""
 
 from pathlib import Path
 
@@ -82,7 +82,8 @@ def gradients(directory: Path, world: World, peft: dict, recompute: bool = False
 
 def compare(rank, directory, peft, degrees, recompute, tolerance=1e-10, drop_norms=False):
     if drop_norms:
-        real, models.apply_tensor_parallel = models.apply_tensor_parallel, lambda base, *a, **k: (real(base, *a, **k), base.in_parts.clear())
+        real = models.apply_tensor_parallel
+        models.apply_tensor_parallel = lambda base, *a, **k: (real(base, *a, **k), base.in_parts.clear())
     one = World(0, 1, torch.device("cpu"), ParallelConfig(dp_shard=1), None)
     expected = gradients(directory, one, peft)
     found = gradients(directory, join(torch.device("cpu"), ParallelConfig(**degrees), 60), peft, recompute)
@@ -131,7 +132,7 @@ def test_norms_trained_whole_beside_adapters(pool, tmp_path, family, layout):
 @pytest.mark.parametrize("layout", ["tp2", "tp2_sp"])
 def test_mutation_norms_of_sharded_activations_not_summed(pool, tmp_path, layout):
     world, degrees = LAYOUTS[layout]
-    with pytest.raises(AssertionError, match="norm.weight is off by"):
+    with pytest.raises(AssertionError, match=r"norm\.weight is off by"):
         pool.run(world, compare, save_family("qwen3", tmp_path), STACK, degrees, False, 1e-6, True)
 
 

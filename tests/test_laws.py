@@ -104,7 +104,7 @@ def close(a, b, tolerance=1e-10):
 def test_the_start_changes_nothing_and_every_factor_is_live(method, layer):
     ids, _ = batch(0)
     plain = build(layer)(ids)
-    model, m = make(method, layer, LAYOUTS["one"])
+    model, _ = make(method, layer, LAYOUTS["one"])
     assert torch.equal(model(ids), plain)
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for after in (1, 2):
@@ -200,7 +200,7 @@ def test_inject_first_then_the_plan(pool, layer, layout, summed):
 @pytest.mark.parametrize("mutation", ["drop the sum", "sum twice", "scale twice", "start each shard on its own"])
 @pytest.mark.parametrize("layout", ["tp2", "fsdp2_tp2"])
 def test_mutations_break_the_law_of_gradients(pool, mutation, layout):
-    with pytest.raises(AssertionError, match="is off by|AssertionError"):
+    with pytest.raises(AssertionError, match=r"is off by|AssertionError"):
         pool.run(LAYOUTS[layout].world, law_of_gradients, "lora", "linear", layout, "plan_first", True, {}, mutation)
 
 

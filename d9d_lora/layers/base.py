@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from d9d_lora.dropout import AdapterDropout, Clock
 from d9d_lora.methods.delta import Delta
-from d9d_lora.placement import Placing, box_of, fill_, full_of, local_of, sum_after_backward
+from d9d_lora.placement import Placing, at_least_fp32, box_of, fill_, full_of, local_of, sum_after_backward
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -91,11 +91,11 @@ class AdaptedLayer(nn.Module):
 
     @property
     def out_size(self) -> int:
-        return self.base.weight.shape[self.weight_axes.index("O")]  # type: ignore[union-attr,index]
+        return self.base.weight.shape[self.weight_axes.index("O")]  # type: ignore[union-attr,index,return-value]
 
     @property
     def in_size(self) -> int:
-        return self.base.weight.shape[self.weight_axes.index("I")]  # type: ignore[union-attr,index]
+        return self.base.weight.shape[self.weight_axes.index("I")]  # type: ignore[union-attr,index,return-value]
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A view of a weight (whole or part) as [O, I]."""
@@ -205,10 +205,6 @@ class AdaptedLayer(nn.Module):
 def adapter_dtype(base: torch.dtype) -> torch.dtype:
     """Factors are trained in fp32 beside a half-precision base; a half-precision factor loses most of a small update."""
     return base if base in (torch.float32, torch.float64) else torch.float32
-
-
-def at_least_fp32(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:

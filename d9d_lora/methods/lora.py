@@ -112,7 +112,8 @@ class LoRA(AdapterMethod[LoRAConfig]):
 
     def wrap(self, site: Site, clock: Clock) -> AdaptedLayer:
         if site.layer is AdaptedLinear:
-            assert isinstance(site.base, nn.Linear) and isinstance(site.delta, LoRADelta)
+            assert isinstance(site.base, nn.Linear)
+            assert isinstance(site.delta, LoRADelta)
             return LoRALinear(
                 site.base, self.config.params, name=site.names[0], seed=self.config.seed, clock=clock, delta=site.delta
             )

@@ -155,8 +155,8 @@ def apply_tensor_parallel(base: Base, mesh: DeviceMesh, *, sequence: bool) -> No
         _shard_tokens(styles, plan, module)
     parallelize_adapted(module, mesh, styles, src_data_rank=None)
     for name, m in module.named_modules():
-        norm_of_heads = any(plan.get(_starred(n)) == "replicated_with_grad_allreduce" for n in (name,))
-        if norm_of_heads or (sequence and _in_token_region(name, plan)):
+        norm_of_heads = plan.get(_starred(name)) == "replicated_with_grad_allreduce"
+        if norm_of_heads or (sequence and _is_norm(name)):
             base.in_parts += [(m, leaf) for leaf, p in m.named_parameters(recurse=False) if not isinstance(p, DTensor)]
 
 
@@ -175,8 +175,8 @@ def _shard_tokens(styles: dict[str, ParallelStyle], plan: dict[str, str], module
         raise ValueError("parallel.sequence_parallel: the model's plan does not name its output head; use sequence_parallel=false")
 
 
-def _in_token_region(name: str, plan: dict[str, str]) -> bool:
-    """Norms of blocks and the last norm: everything between the first block's door and the head that holds parameters."""
+def _is_norm(name: str) -> bool:
+    """Norms of blocks and the last norm: what holds parameters, outside the plan, between the first block's door and the head."""
     return "norm" in name.rpartition(".")[2]
 
 
@@ -186,7 +186,7 @@ def _starred(name: str) -> str:
 
 def check_heads(module: nn.Module, tp: int) -> None:
     """Heads are not split: tp must divide the key-value heads and the attention heads."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for field_name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(text, field_name, None)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from d9d_lora.placement import local_of
+from d9d_lora.placement import at_least_fp32, local_of
 from d9d_lora.train.config import OptimConfig
 
 
@@ -47,23 +47,20 @@ def clip_(params: Iterable[nn.Parameter], most: float | None) -> float:
     locally for each way of being sharded, then reduced once for each.
     """
     grads = [p.grad for p in params if p.grad is not None]
-    squares: dict[object, list[Tensor]] = {}
-    like: dict[object, DTensor | None] = {}
-    for grad in grads:
-        sharded = (grad.device_mesh, tuple(p.is_shard() for p in grad.placements)) if isinstance(grad, DTensor) else None
-        squares.setdefault(sharded, []).append(local_of(grad))
-        like[sharded] = grad if isinstance(grad, DTensor) else None
-    total = torch.zeros((), dtype=torch.float32)
-    for sharded, local in squares.items():  # the order of parameters: the same on every rank
-        norms = torch._foreach_norm([g.float() if g.dtype != torch.float64 else g for g in local])
-        square = torch.stack([n.double() for n in norms]).square().sum() if local[0].device.type != "mps" else torch.stack(norms).square().sum()
-        grad = like[sharded]
-        if grad is not None:
-            parts = [Partial() if p.is_shard() else Replicate() for p in grad.placements]
-            square = DTensor.from_local(square, grad.device_mesh, parts, run_check=False).full_tensor()
+    alike: dict[object, list[Tensor]] = {}
+    for g in grads:
+        how = (g.device_mesh, tuple(p.is_shard() for p in g.placements)) if isinstance(g, DTensor) else None
+        alike.setdefault(how, []).append(g)
+    total = torch.zeros(())
+    for same in alike.values():  # the order of parameters: the same on every rank
+        norms = torch._foreach_norm([at_least_fp32(local_of(g)) for g in same])
+        square = torch.stack(list(norms)).square().sum()
+        first = same[0]
+        if isinstance(first, DTensor):
+            parts = [Partial() if p.is_shard() else Replicate() for p in first.placements]
+            square = DTensor.from_local(square, first.device_mesh, parts, run_check=False).full_tensor()
         total = total.to(square) + square
     norm = total.sqrt()
-    if most is not None:
-        scale = (most / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([local_of(g) for g in grads], scale.to(torch.float32 if not grads else local_of(grads[0]).dtype))
+    if most is not None and grads:
+        torch._foreach_mul_([local_of(g) for g in grads], float((most / (norm + 1e-6)).clamp(max=1.0)))
     return float(norm)

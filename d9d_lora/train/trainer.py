@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.method import PeftMethod, adapted_layers
-from d9d_lora.placement import ReplicatedSum, full_of, key_of
+from d9d_lora.placement import ReplicatedSum, key_of
 from d9d_lora.registry import peft_method_from_config
 from d9d_lora.state.atomic import decided, write_text
 from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpoints
