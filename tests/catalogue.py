@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 from transformers.pytorch_utils import Conv1D
+
+from d9d_lora.train.model import sum_gradients
 
 # -- methods ------------------------------------------------------------------------------------------------------------------
 
@@ -127,9 +129,7 @@ def shard_data_parallel(model: Toy, mesh: DeviceMesh, layout: Layout) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=dp)
     fully_shard(model, mesh=dp)
-    for m in model.modules():
-        if isinstance(m, FSDPModule):
-            m.set_gradient_divide_factor(1.0)  # losses are sums over the global batch already
+    sum_gradients(model)  # losses are parts of a global mean already
 
 
 def dp_rank(layout: Layout) -> int:

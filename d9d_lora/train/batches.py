@@ -31,6 +31,7 @@ class MicroBatch:
         epoch: of its first row.
         packed: whether a row may hold several documents, whose positions each begin at 0.
         mask: additive (B, 1, S, S) attention mask, when one was asked for by `Batches(mask_dtype=...)`.
+        tokens: of the samples, without padding.
     """
 
     input_ids: torch.Tensor
@@ -40,6 +41,7 @@ class MicroBatch:
     epoch: int
     packed: bool = False
     mask: torch.Tensor | None = None
+    tokens: int = 0
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
@@ -198,7 +200,8 @@ def collate(
             start = end
         if packed:
             position_ids[r, start:] = torch.arange(length - start)  # the padding is a document of its own
-    return MicroBatch(input_ids, labels, position_ids, index, epoch, packed)
+    tokens = sum(len(example.input_ids) for row in rows for example in row)
+    return MicroBatch(input_ids, labels, position_ids, index, epoch, packed, tokens=tokens)
 
 
 def check_batch_size(batch_size: int, micro_batch_size: int, dp_size: int) -> None:

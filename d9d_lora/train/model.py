@@ -227,8 +227,14 @@ def apply_data_parallel(module: nn.Module, mesh: DeviceMesh, parallel: ParallelC
     for _, block in blocks_of(module):
         fully_shard(block, mesh=dp)
     fully_shard(module, mesh=dp)
-    for m in fsdp_modules(module):
-        m.set_gradient_divide_factor(1.0)  # does not recurse
+    sum_gradients(module)
+
+
+def sum_gradients(module: nn.Module) -> None:
+    """FSDP2 adds gradients instead of averaging them: a loss that is divided by a global count needs no other divisor."""
+    for m in fsdp_modules(module):  # neither setting recurses
+        m.set_gradient_divide_factor(1.0)
+        m.set_force_sum_reduction_for_comms(True)  # dividing by 1 inside the collective is an operation gloo does not have
 
 
 def fsdp_modules(module: nn.Module) -> Iterator[FSDPModule]:

@@ -9,73 +9,78 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from d9d_lora.method import adapted_layers
+from d9d_lora.placement import local_of
 from d9d_lora.state.names import clean
 from d9d_lora.train.config import TrackerConfig
 
-console = Console(file=sys.stdout, soft_wrap=True)
+# Wide where there is no terminal to ask: a table in a log file should not be folded to 80 columns.
+console = Console(file=sys.stdout, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
 
 
-def census(module: nn.Module) -> dict[str, Any]:
-    """What will be trained, from shapes alone (nothing need be allocated): one row a kind of parameter, layers counted."""
-    layers = {id(p): layer for layer in adapted_layers(module) for p in layer.factors().values()}
+def census(module: nn.Module, shards: int = 1) -> dict[str, Any]:
+    """What will be trained, from shapes alone (nothing need be allocated): one row for all layers that are alike.
+
+    `shards`: how many FSDP2 ranks will share what is here now; the table is made before they do.
+    """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    total = trained = held = 0
-    for name, p in module.named_parameters():
-        total += p.numel()
-        if not p.requires_grad:
-            continue
-        trained += p.numel()
-        layer = layers.get(id(p))
-        local = p.to_local().numel() if isinstance(p, DTensor) else p.numel()
-        held += local * p.element_size()
-        placement = ", ".join(map(str, p.placements)) if isinstance(p, DTensor) else "whole"
+    seen: set[int] = set()
+
+    def tell(name: str, how: str, weight: nn.Parameter, base: str, params: Mapping[str, nn.Parameter]) -> None:
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", clean(name))
-        key = (kind, tuple(p.shape), placement, str(p.dtype))
+        shape = " x ".join(map(str, weight.shape))
+        trained = {n: f"{' x '.join(map(str, p.shape))} {placement_of(p)}" for n, p in params.items()}
         row = rows.setdefault(
-            key,
-            {
-                "parameter": kind,
-                "method": str(layer.delta) if layer else "trained whole",
-                "base": str(layer.placing) if layer else "",
-                "shape": list(p.shape),
-                "dtype": str(p.dtype).removeprefix("torch."),
-                "placement": placement,
-                "count": 0,
-                "elements": 0,
-                "bytes_here": 0,
-            },
+            (kind, how, shape, base, str(trained)),
+            {"name": kind, "count": 0, "method": how, "weight": shape, "base": base, "trained": trained, "elements": 0, "bytes_here": 0},
         )
         row["count"] += 1
-        row["elements"] += p.numel()
-        row["bytes_here"] += local * p.element_size()
-    return {"rows": list(rows.values()), "trained": trained, "total": total, "bytes_here": held}
+        row["elements"] += sum(p.numel() for p in params.values())
+        row["bytes_here"] += sum(local_of(p).numel() * p.element_size() for p in params.values()) / shards
+        seen.update(map(id, params.values()))
+
+    for layer in adapted_layers(module):
+        tell(layer.name, str(layer.delta), layer.base.weight, str(layer.placing), layer.factors())  # type: ignore[arg-type]
+    for name, p in module.named_parameters():
+        if p.requires_grad and id(p) not in seen:
+            tell(name, "whole", p, placement_of(p), {"weight": p})
+    table = list(rows.values())
+    return {
+        "rows": table,
+        "trained": sum(r["elements"] for r in table),
+        "total": sum(p.numel() for p in module.parameters()),
+        "bytes_here": int(sum(r["bytes_here"] for r in table)),
+    }
+
+
+def placement_of(p: nn.Parameter) -> str:
+    return ", ".join(map(str, p.placements)) if isinstance(p, DTensor) else "whole"
 
 
 def show_census(found: Mapping[str, Any], passed_over: list[str]) -> None:
-    table = Table(title="What will be trained", title_justify="left", header_style="bold")
-    for head, justify in [("parameter", "left"), ("x", "right"), ("method", "left"), ("base", "left"), ("shape", "left")]:
-        table.add_column(head, justify=justify)  # type: ignore[arg-type]
-    table.add_column("placement")
-    table.add_column("here", justify="right")
+    table = Table(title="What will be trained", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("layer", "count", "method", "weight", "base"):
+        table.add_column(head, no_wrap=True, justify="right" if head == "count" else "left")
+    table.add_column("trained, with its placement")
+    table.add_column("a rank", justify="right", no_wrap=True)
     for row in found["rows"]:
-        shape = " x ".join(map(str, row["shape"]))
-        table.add_row(
-            row["parameter"], str(row["count"]), row["method"], row["base"], shape, row["placement"], size(row["bytes_here"])
-        )
+        factors = "\n".join(f"{n}  {how}" for n, how in row["trained"].items())
+        table.add_row(row["name"], str(row["count"]), row["method"], row["weight"], row["base"], factors, size(row["bytes_here"]))
     console.print(table)
     share = 100 * found["trained"] / max(found["total"], 1)
     console.print(
-        f"{found['trained']:,} of {found['total']:,} parameters are trained ({share:.2f} %); {size(found['bytes_here'])} of them and "
-        f"{size(2 * found['bytes_here'])} of optimiser state on this rank"
+        f"{found['trained']:,} of {found['total']:,} parameters are trained ({share:.2f} %); a rank holds {size(found['bytes_here'])} of "
+        f"them and {size(2 * found['bytes_here'])} of optimiser state",
+        highlight=False,
     )
     if passed_over:
-        console.print(f"matched, and left alone because no layer kind adapts them: {', '.join(passed_over[:8])}")
+        console.print(f"matched, and left alone: {', '.join(passed_over[:8])}{' ...' if len(passed_over) > 8 else ''}")
 
 
 def size(n: float) -> str:

@@ -39,6 +39,7 @@ from d9d_lora.train.config import RunConfig
 from d9d_lora.train.data import load_data
 from d9d_lora.train.encode import IGNORE
 from d9d_lora.train.optim import adamw, clip_, learning_rate, optimiser_state
+from d9d_lora.train.packing import check_packing
 from d9d_lora.train.report import Tracker, census, show_census, size
 from d9d_lora.train.world import World
 
@@ -114,7 +115,7 @@ class Trainer:
         mapper = inject_peft_and_freeze(result_of, self.model)  # type: ignore[arg-type]
         whole = self._in_fp32()
         self.autocast = whole and self.dtype in (torch.bfloat16, torch.float16)
-        self.census = census(self.model)
+        self.census = census(self.model, world.parallel.dp_shard)
         if world.is_first:
             show_census(self.census, result_of.passed_over)
         if world.parallel.sequence_parallel:
@@ -135,6 +136,8 @@ class Trainer:
                 f"base: {report.tensors} tensors, {size(report.bytes_read)} read by this rank in {report.seconds:.1f} s, {self.dtype}, "
                 f"{size(models.bytes_held(self.model))} held"
             )
+        if config.data.packing:
+            check_packing(self.model, vocab_size=len(self.tokenizer), device=world.device)
         self.method.initialise(self.model)
         self.params = {clean(n): p for n, p in sorted(self.model.named_parameters(), key=lambda x: clean(x[0])) if p.requires_grad}
         self.sum = ReplicatedSum(adapted_layers(self.model), in_parts=self._thawed_parts())
@@ -220,7 +223,7 @@ class Trainer:
         began = time.monotonic()
         self.model.train()
         micro = [b.to(device) for b in self.batches.step(self.consumed)]
-        counts = torch.tensor([sum(b.target_tokens for b in micro), sum(b.input_ids.numel() for b in micro)], dtype=torch.float64)
+        counts = torch.tensor([sum(b.target_tokens for b in micro), sum(b.tokens for b in micro)], dtype=torch.float64)
         targets, tokens = self.world.sum_over_dp(counts.to(*_wide(device))).tolist()
         rate = learning_rate(config.optim, self.step, config.train.steps)
         for group in self.optimiser.param_groups:
