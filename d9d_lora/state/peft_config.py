@@ -240,11 +240,7 @@ def read_adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _check_fields(config: dict[str, Any], where: str) -> None:
-    faults = [
-        f"{name} = {config[name]!r}: {why}"
-        for name, (same, why) in _REFUSED.items()
-        if name in config and config[name] not in same
-    ]
+    faults = [f"{name} = {config[name]!r}: {why}" for name, (same, why) in _REFUSED.items() if name in config and config[name] not in same]
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(_MOVES_BASE):
         faults.append(

@@ -77,9 +77,7 @@ class _Trained:
 
 
 @torch.no_grad()
-def save_adapter(
-    model: nn.Module, path: str | os.PathLike[str], *, base: str | None = None, task_type: str | None = "CAUSAL_LM"
-) -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = None, task_type: str | None = "CAUSAL_LM") -> None:
     """Writes the adapter of a model as a PEFT directory, reads it back, and only then gives it its name.
 
     Collective: every rank calls it. Tensors are gathered one at a time in the order of their names; rank 0 alone keeps
@@ -302,9 +300,7 @@ def load_adapter_weights(model: nn.Module, path: str | os.PathLike[str]) -> Load
     mine = {name for name, _ in trained.tensors.values()}
     ours = {id(state[name]) for name in mine}
     others = {name for name, tensor in state.items() if name not in mine and id(tensor) not in ours}
-    mapper = ModelStateMapperParallel(
-        [ModelStateMapperRename(key, name) for key, (name, _) in sorted(trained.tensors.items())]
-    )
+    mapper = ModelStateMapperParallel([ModelStateMapperRename(key, name) for key, (name, _) in sorted(trained.tensors.items())])
     with open_checkpoint(Path(path) / WEIGHTS) as files:
         copies = parts_of(files.names()).base_copies
         for layer in trained.layers:
@@ -327,4 +323,3 @@ def _same_base(files: CheckpointFiles, key: str, layer: AdaptedLayer) -> None:
     part = _assemble(lambda box: files.read(key, box), local_runs(weight))
     if not torch.equal(part.to(weight.dtype), local_of(weight).cpu()):
         raise AdapterError(f"{key!r} is not the base weight that {layer.name} has here. {mend}")
-

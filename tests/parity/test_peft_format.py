@@ -37,9 +37,7 @@ SMALL = {
 def base(kind):
     torch.manual_seed(3)
     if kind == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=37, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=2
-        )
+        config = transformers.GPT2Config(vocab_size=37, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=2)
         model = transformers.GPT2LMHeadModel(config)
     elif kind == "qwen2":
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL))
@@ -367,9 +365,7 @@ def test_an_adapter_of_another_model_is_refused(saved):
 # -- layouts ------------------------------------------------------------------------------------------------------------------------
 
 CELLS = [
-    (layer, layout)
-    for layer in ("linear_bias", "conv1d", "embedding")
-    for layout in ("fsdp2", "tp2", "fsdp2_tp2", "hsdp2x2", "tp2_sp")
+    (layer, layout) for layer in ("linear_bias", "conv1d", "embedding") for layout in ("fsdp2", "tp2", "fsdp2_tp2", "hsdp2x2", "tp2_sp")
 ]
 
 
@@ -393,9 +389,7 @@ def _load_sharded(rank, layout, layer, path):
         if p.requires_grad:
             fill_(p, None, seed=0, name="")
     load_adapter_weights(model, path)
-    return all(
-        torch.equal(wanted[n], p.to_local() if isinstance(p, DTensor) else p) for n, p in model.named_parameters()
-    )
+    return all(torch.equal(wanted[n], p.to_local() if isinstance(p, DTensor) else p) for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("layer,layout", CELLS)
@@ -437,6 +431,4 @@ def test_a_fault_on_one_rank_is_an_error_on_all_and_leaves_nothing(pool, tmp_pat
 def test_the_adapted_layers_are_the_ones_saved(saved):
     model = base("llama")
     inject_peft_and_freeze(method_of(saved), model)
-    assert sorted(la.name for la in adapted_layers(model)) == [
-        f"model.layers.{i}.self_attn.{n}" for i in range(2) for n in ATTENTION
-    ]
+    assert sorted(la.name for la in adapted_layers(model)) == [f"model.layers.{i}.self_attn.{n}" for i in range(2) for n in ATTENTION]
