@@ -23,11 +23,13 @@ from torch import Tensor
 
 from d9d_lora.state.atomic import TEMPORARY, sync, sync_tree
 from d9d_lora.state.merge_plan import FLOATS, Add, Edit, Replace, plan_merge
-from d9d_lora.state.peft_config import CONFIG, WEIGHTS, AdapterError, read_adapter_config
+from d9d_lora.state.peft_config import CONFIG, WEIGHTS, AdapterError
+from d9d_lora.state.peft_read import read_adapter_config
 from d9d_lora.state.safetensors_dir import INDEX, PICKLES, CheckpointError, CheckpointFiles, _inside, open_checkpoint
 from d9d_lora.state.safetensors_write import Promise, write_safetensors
 
-BLOCK = 1 << 21  # elements of a tensor in hand at a time: 8 MiB in fp32, and a merge holds about four such blocks
+# Elements of a tensor in hand at a time: 2 MiB in fp32. A merge has four such blocks, and the C allocator keeps up to ten.
+BLOCK = 1 << 19
 SAMPLED = 16  # rows of a merged tensor that are computed again, in fp64
 _WEIGHTS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", *PICKLES}
 

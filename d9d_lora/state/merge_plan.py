@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from d9d_lora.state.peft_config import WEIGHTS, AdapterError, Parts, meanings
+from d9d_lora.state.peft_config import WEIGHTS, AdapterError
+from d9d_lora.state.peft_read import Parts, meanings
 from d9d_lora.state.safetensors_dir import CheckpointFiles
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -6,7 +6,7 @@
                                  base_model.model.<layer>.base_layer.bias        a trained bias of an adapted layer
                                  base_model.model.<name>                         everything else that is trained
 
-Names and meanings are those of PEFT 0.21.2. `peft_config.py` makes and reads the json; this file moves the tensors.
+Names and meanings are those of PEFT 0.21.2. `peft_config.py` makes the json, `peft_read.py` reads it; this file moves the tensors.
 """
 
 import os
@@ -44,10 +44,8 @@ from d9d_lora.state.peft_config import (
     check_config,
     config_of,
     dump,
-    method_of,
-    parts_of,
-    read_adapter_config,
 )
+from d9d_lora.state.peft_read import method_of, parts_of, read_adapter_config
 from d9d_lora.state.reader import LoadReport, _assemble, load_checkpoint, local_runs, named_state
 from d9d_lora.state.safetensors_dir import CheckpointFiles, open_checkpoint
 from d9d_lora.state.safetensors_write import Promise, library_order, write_safetensors
@@ -94,11 +92,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, base: str | 
     """
     final = Path(path).absolute()
     try:
+        reshard(model)  # first: what FSDP2 still holds gathered after a forward is freed memory soon, and no step has reached it
         trained = together("listing what is trained", lambda: _trained(model))
         config = together("describing the adapter", lambda: _describe(model, trained, base, task_type))
         _agree(trained, dump(config))
         decided("looking at the directory", lambda: _refuse_other(final))
-        reshard(model)  # after a forward FSDP2 may still hold gathered weights, which no optimiser step has reached
         held: dict[str, Tensor] = {}
         for key in sorted(trained.tensors):
             value = _gathered(trained.tensors[key][1])

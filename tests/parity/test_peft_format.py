@@ -16,8 +16,8 @@ from d9d_lora.placement import fill_
 from d9d_lora.state import peft_format
 from d9d_lora.state.peft_format import AdapterError, load_adapter_weights, method_of, read_adapter_config, save_adapter
 from d9d_lora.state.safetensors_dir import CheckpointError
-from tests.catalogue import LAYOUTS
-from tests.test_laws import make, wake
+from tests.catalogue import LAYOUTS, batch
+from tests.test_laws import backward, make, wake
 
 peft = pytest.importorskip("peft")
 IDS = torch.arange(24).reshape(2, 12) % 37
@@ -399,6 +399,48 @@ def test_every_layout_writes_the_same_bytes_and_reads_its_part(pool, tmp_path, l
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "many" / file).read_bytes()
     assert all(pool.run(LAYOUTS[layout].world, _load_sharded, layout, layer, tmp_path / "one"))
+
+
+def _with_copy(rank, layout, path):
+    model = trained_on(layout, "embedding")
+    load_adapter_weights(model, path / "same")
+    try:
+        load_adapter_weights(model, path / "other")
+    except AdapterError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2", "fsdp2_tp2"])
+def test_a_copied_base_weight_is_compared_on_every_layout(pool, tmp_path, layout):
+    model = trained_on("one", "embedding")
+    for name, shift in (("same", 0), ("other", 1)):
+        save_adapter(model, tmp_path / name)
+        file = tmp_path / name / "adapter_model.safetensors"
+        copy = {"base_model.model.embed.base_layer.weight": model.embed.base.weight.detach() + shift}
+        save_file(load_file(file) | copy, file, {"format": "pt"})
+    assert all("is not the base weight" in text for text in pool.run(LAYOUTS[layout].world, _with_copy, layout, tmp_path))
+
+
+def _save_after_steps(rank, layout, path):
+    model = trained_on(layout, "linear_bias")
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(2):
+        optimiser.zero_grad()
+        backward(model, LAYOUTS[layout], step)
+        optimiser.step()
+        with torch.no_grad():
+            model(batch(step)[0])  # FSDP2 now holds gathered weights
+    save_adapter(model, path)
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "fsdp2_tp2"])
+def test_what_was_trained_is_what_is_saved(pool, tmp_path, layout):
+    pool.run(1, _save_after_steps, "one", tmp_path / "one")
+    pool.run(LAYOUTS[layout].world, _save_after_steps, layout, tmp_path / "many")
+    one, many = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    assert max(float((one[k] - many[k]).abs().max()) for k in one) < 1e-10
 
 
 def _save_mutated(rank, path, fault):
