@@ -47,9 +47,9 @@ def clip_(params: Iterable[nn.Parameter], most: float | None) -> float:
     locally for each way of being sharded, then reduced once for each.
     """
     grads = [p.grad for p in params if p.grad is not None]
-    alike: dict[object, list[Tensor]] = {}
+    alike: dict[object, list[Tensor]] = {}  # asked as `not is_replicate`: FSDP2 x TP has _StridedShard, which is no Shard
     for g in grads:
-        how = (g.device_mesh, tuple(p.is_shard() for p in g.placements)) if isinstance(g, DTensor) else None
+        how = (g.device_mesh, tuple(not p.is_replicate() for p in g.placements)) if isinstance(g, DTensor) else None
         alike.setdefault(how, []).append(g)
     total = torch.zeros(())
     for same in alike.values():  # the order of parameters: the same on every rank
@@ -57,7 +57,7 @@ def clip_(params: Iterable[nn.Parameter], most: float | None) -> float:
         square = torch.stack(list(norms)).square().sum()
         first = same[0]
         if isinstance(first, DTensor):
-            parts = [Partial() if p.is_shard() else Replicate() for p in first.placements]
+            parts = [Replicate() if p.is_replicate() else Partial() for p in first.placements]
             square = DTensor.from_local(square, first.device_mesh, parts, run_check=False).full_tensor()
         total = total.to(square) + square
     norm = total.sqrt()

@@ -1,0 +1,264 @@
+"""The trainer as a whole: every layout gives the losses of one process, resumes go on as if never stopped, faults are told."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from d9d_lora.train import checks, trainer
+from tests.small_run import config_of, losses, make_assets, run
+
+LAYOUTS = {
+    "replicate2": (2, {"parallel__dp_replicate": 2}),
+    "fsdp2": (2, {}),
+    "fsdp4": (4, {}),
+    "hsdp2x2": (4, {"parallel__dp_replicate": 2}),
+    "tp2": (2, {"parallel__tp": 2}),
+    "tp2_sp": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
+    "fsdp2_tp2": (4, {"parallel__tp": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    return make_assets(tmp_path_factory.mktemp("assets"))
+
+
+@pytest.fixture(scope="module")
+def one(pool, assets, tmp_path_factory):
+    """The oracle: an uninterrupted run on one process, with a checkpoint at every third step."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    (summary,) = pool.run(1, run, assets, output, {"checkpoint__every": 3})
+    return output, summary
+
+
+def close(found, expected, tolerance=1e-9):
+    assert len(found) == len(expected)
+    assert max(abs(a - b) / abs(b) for a, b in zip(found, expected)) < tolerance, (found, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_of_every_layout_are_those_of_one_process(pool, assets, one, tmp_path, layout):
+    world, degrees = LAYOUTS[layout]
+    summary = pool.run(world, run, assets, tmp_path, degrees)[0]
+    close(losses(summary), losses(one[1]))
+    close([summary["after"]["loss"]], [one[1]["after"]["loss"]])
+    assert summary["after"]["exact_match"] == one[1]["after"]["exact_match"]
+    norms = [[m["gradient_norm"] for m in s["metrics"] if "loss" in m] for s in (summary, one[1])]
+    close(*norms)
+    ours, theirs = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (tmp_path, one[0]))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[k] - theirs[k]).abs().max() < 1e-8 for k in ours)
+
+
+def test_the_loss_falls(one):
+    assert one[1]["after"]["loss"] < one[1]["before"]["loss"]
+
+
+@pytest.mark.parametrize("option", ["train__activation_checkpointing", "train__compile"])
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2"])
+def test_recomputation_and_compilation_change_no_loss(pool, assets, one, tmp_path, option, layout):
+    world, degrees = LAYOUTS[layout]
+    options = {option: True, "train__compile_backend": "aot_eager", "train__steps": 6}
+    summary = pool.run(world, run, assets, tmp_path, {**degrees, **options})[0]
+    close(losses(summary), losses(one[1]))
+
+
+def test_packing_is_the_same_on_every_layout(pool, assets, tmp_path):
+    packed = {"data__packing": True, "data__batch_size": 4, "train__steps": 3, "peft__params": {"r": 4, "alpha": 8}}
+    (expected,) = pool.run(1, run, assets, tmp_path / "one", packed)
+    for layout in ("fsdp2", "tp2_sp"):
+        world, degrees = LAYOUTS[layout]
+        close(losses(pool.run(world, run, assets, tmp_path / layout, {**packed, **degrees})[0]), losses(expected))
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("second", ["one", "tp2", "fsdp2_tp2"])
+def test_saved_on_fsdp4_resumed_on_another_layout(pool, assets, one, tmp_path, second):
+    first = pool.run(4, run, assets, tmp_path / "first", {"checkpoint__every": 3})[0]
+    close(losses(first), losses(one[1]))
+    world, degrees = LAYOUTS.get(second, (1, {}))
+    path = str(tmp_path / "first" / "checkpoints" / "step_00000003")
+    resumed = pool.run(world, run, assets, tmp_path / "second", {**degrees, "checkpoint__resume": path})[0]
+    close(losses(resumed), losses(one[1])[3:])
+
+
+@pytest.mark.parametrize("layout", ["one", "fsdp2", "fsdp2_tp2"])
+def test_a_resume_on_the_same_layout_is_exact_to_the_bit(pool, assets, tmp_path, layout):
+    world, degrees = LAYOUTS.get(layout, (1, {}))
+    whole = pool.run(world, run, assets, tmp_path / "whole", {**degrees, "checkpoint__every": 2})[0]
+    path = str(tmp_path / "whole" / "checkpoints" / "step_00000002")
+    resumed = pool.run(world, run, assets, tmp_path / "again", {**degrees, "checkpoint__resume": path})[0]
+    assert losses(resumed) == losses(whole)[2:]
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        ours, theirs = ((tmp_path / d / "adapter" / name).read_bytes() for d in ("whole", "again"))
+        assert ours == theirs
+
+
+def resume_without_moments(rank, assets, output, overrides):
+    """The fault of peers: weights come back, Adam's moments do not."""
+    real = trainer.optimiser_state
+    found = run_with(trainer, "optimiser_state", lambda params, optimiser: {
+        k: v.clone() if k.startswith("optim.") else v for k, v in real(params, optimiser).items()
+    }, rank, assets, output, overrides)
+    return found
+
+
+def run_with(module, name, value, *args):
+    real = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        return run(*args)
+    finally:
+        setattr(module, name, real)
+
+
+def test_mutation_a_resume_that_loses_the_moments(pool, assets, one, tmp_path):
+    path = str(one[0] / "checkpoints" / "step_00000003")
+    (resumed,) = pool.run(1, resume_without_moments, assets, tmp_path, {"checkpoint__resume": path})
+    with pytest.raises(AssertionError):
+        close(losses(resumed), losses(one[1])[3:])
+
+
+@pytest.mark.parametrize(
+    "change,told",
+    [
+        ({"peft__params": {"r": 4, "alpha": 16, "dropout": 0.1}}, "belongs to another run"),
+        ({"train__seed": 5}, "belongs to another run"),
+        ({"data__batch_size": 4}, "batch_size: the checkpoint has 8, this run 4"),
+    ],
+)
+def test_a_changed_config_is_refused_at_resume(pool, assets, one, tmp_path, change, told):
+    path = str(one[0] / "checkpoints" / "step_00000003")
+    with pytest.raises(AssertionError, match=told):
+        pool.run(1, run, assets, tmp_path, {**change, "checkpoint__resume": path})
+
+
+def test_best_and_latest_are_kept_and_hold_an_adapter(pool, assets, tmp_path):
+    pool.run(2, run, assets, tmp_path, {"checkpoint__every": 1, "checkpoint__keep": 2, "train__eval_every": 3})
+    root = tmp_path / "checkpoints"
+    assert (root / "latest").read_text().strip() == "step_00000006"
+    best = root / (root / "best").read_text().strip()
+    assert (best / "adapter" / "adapter_model.safetensors").exists()
+    assert len(list(root.glob("step_*"))) <= 3
+
+
+# -- the promise --------------------------------------------------------------------------------------------------------------------
+
+
+def with_a_drift(rank, assets, output):
+    real = trainer.Trainer.train_step
+
+    def step(self, coverage=None):
+        values = real(self, coverage)
+        if rank == 1 and self.step == 3:
+            p = next(p for n, p in self.params.items() if n.endswith("q_proj.lora_A.weight"))
+            with torch.no_grad():
+                p.to_local().add_(1e-7)
+        return values
+
+    trainer.Trainer.train_step = step
+    try:
+        run(rank, assets, output, {"parallel__tp": 2})
+    except checks.AdapterFault as fault:
+        return str(fault)
+    finally:
+        trainer.Trainer.train_step = real
+    return ""
+
+
+def test_a_drift_of_one_rank_is_found_and_named(pool, assets, tmp_path):
+    for told in pool.run(2, with_a_drift, assets, tmp_path):
+        assert "at step 4" in told
+        assert "q_proj.lora_A.weight (rank 1 against rank 0)" in told
+    assert not (tmp_path / "adapter").exists()
+
+
+def with_a_dead_layer(rank, assets, output):
+    real = trainer.models.open_model
+
+    def cut(config, dtype):
+        base = real(config, dtype)
+        mlp = base.module.model.layers[1].mlp
+        forward = mlp.forward
+        mlp.forward = lambda x: forward(x).detach()
+        return base
+
+    trainer.models.open_model = cut
+    try:
+        run(rank, assets, output, {})
+    except checks.AdapterFault as fault:
+        return str(fault)
+    finally:
+        trainer.models.open_model = real
+    return ""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_dead_adapter_is_found_and_named(pool, assets, tmp_path, world):
+    for told in pool.run(world, with_a_dead_layer, assets, tmp_path):
+        assert "have had no gradient" in told
+        assert "model.layers.1.mlp" in told
+        assert "model.layers.0.mlp" not in told
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_run_directory(one):
+    output, _ = one
+    census = json.loads((output / "census.json").read_text())
+    assert census["trained"] > 0
+    assert (output / "adapter" / "adapter_config.json").exists()
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in rows if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 7))
+    assert {"loss", "learning_rate", "tokens", "tokens_per_second", "gradient_norm"} <= steps[0].keys()
+
+
+@pytest.mark.parametrize(
+    "peft",
+    [
+        {"kind": "lora", "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"], "params": {"r": 2, "alpha": 4}},
+        {
+            "kind": "stack",
+            "methods": [
+                {"kind": "lora", "target_modules": ["q_proj", "embed_tokens"], "params": {"r": 2, "alpha": 4}},
+                {"kind": "lora", "target_modules": ["down_proj"], "params": {"r": 4, "alpha": 4, "scaling": "rslora"}},
+                {"kind": "full_tune", "module_name_pattern": ".*norm"},
+            ],
+        },
+    ],
+)
+def test_whole_modules_and_stacks_on_layouts(pool, assets, tmp_path, peft):
+    (expected,) = pool.run(1, run, assets, tmp_path / "one", {"peft": peft})
+    for layout in ("fsdp2", "tp2", "fsdp2_tp2"):
+        world, degrees = LAYOUTS[layout]
+        # norms of this family are computed in fp32 whatever the model's dtype
+        close(losses(pool.run(world, run, assets, tmp_path / layout, {**degrees, "peft": peft})[0]), losses(expected), 1e-6)
+
+
+def test_half_precision_base_with_parameters_trained_whole(pool, assets, tmp_path):
+    peft = {"kind": "stack", "methods": [
+        {"kind": "lora", "target_modules": "all-linear", "params": {"r": 4, "alpha": 8}},
+        {"kind": "full_tune", "module_name_pattern": ".*norm"},
+    ]}
+    overrides = {"peft": peft, "model__dtype": "bfloat16"}
+    (expected,) = pool.run(1, run, assets, tmp_path / "one", overrides)
+    found = pool.run(2, run, assets, tmp_path / "fsdp2", overrides)[0]
+    close(losses(found), losses(expected), 2e-2)
+    assert losses(found)[-1] < losses(found)[0]
+
+
+def test_config_fields_are_checked(assets, tmp_path):
+    from d9d_lora.train.config import ConfigError
+
+    with pytest.raises(ConfigError, match=r"train\.stepz: no such field; did you mean 'steps'"):
+        config_of(assets, tmp_path, train__stepz=3)
+    with pytest.raises(ConfigError, match=r"unknown kind 'lorra'; did you mean 'lora'\?; known kinds: full_tune, lora, stack"):
+        config_of(assets, tmp_path, peft={"kind": "lorra"})
+    with pytest.raises(ConfigError, match=r"peft\.params\.dropout.*less than 1, got 1\.5"):
+        config_of(assets, tmp_path, peft={"kind": "lora", "target_modules": "all-linear", "params": {"dropout": 1.5}})
+    with pytest.raises(ValueError, match="does not make the 4 processes"):
+        config_of(assets, tmp_path, parallel__tp=3).parallel.resolved(4)
