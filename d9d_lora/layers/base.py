@@ -74,6 +74,7 @@ class AdaptedLayer(nn.Module):
             self.add_module(factor, Factor(self.placing.distribute(whole, delta.axes[factor])))
         self._watch_parts()
         self.reset_parameters()
+        self.train(base.training)
 
     # -- what a layer kind says --------------------------------------------------------------------------------------------
 

@@ -292,8 +292,8 @@ def load_adapter_weights(model: nn.Module, path: str | os.PathLike[str]) -> Load
             value that is not finite; a copy of a base weight in the file that is not the model's base weight.
     """
     read_adapter_config(path)
-    trained = _trained(model)
     reshard(model)
+    trained = _trained(model)
     state = dict(named_state(model))
     mine = {name for name, _ in trained.tensors.values()}
     ours = {id(state[name]) for name in mine}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
-from d9d_lora.registry import config_from
+from d9d_lora.registry import config_from, kinds, resolve
 from d9d_lora.train.data import DataConfig
 
 
@@ -137,7 +137,7 @@ def check_config(container: dict[str, Any], *, source: str = "the config") -> Ru
             path = ".".join(str(p) for p in fault["loc"])
             line = f"{path or 'config'}: {fault['msg'].removeprefix('Value error, ')}"
             if fault["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(fault["loc"][-1]), _keys_at(fault["loc"][:-1]), n=1)
+                near = difflib.get_close_matches(str(fault["loc"][-1]), _keys_at(fault["loc"][:-1], container), n=1)
                 line = f"{path}: no such field" + (f"; did you mean {near[0]!r}?" if near else "")
             elif fault["type"] not in ("value_error", "missing"):
                 line += f", got {fault['input']!r}"
@@ -145,9 +145,13 @@ def check_config(container: dict[str, Any], *, source: str = "the config") -> Ru
         raise ConfigError(f"{source} has {len(lines)} fault(s):\n" + "\n".join(lines)) from None
 
 
-def _keys_at(path: tuple[int | str, ...]) -> list[str]:
+def _keys_at(path: tuple[int | str, ...], node: Any) -> list[str]:
+    """The fields that the config has at a path; a node with a `kind` has those of its kind."""
     model: Any = RunConfig
     for step in path:
+        node = node[step] if isinstance(node, list | dict) else {}
         fields = getattr(model, "model_fields", {})
         model = fields[step].annotation if step in fields else None
+        if isinstance(node, dict) and node.get("kind") in kinds():
+            model = resolve(node["kind"])[0]
     return list(getattr(model, "model_fields", {}))
