@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from re import Pattern
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ALL_LINEAR = "all-linear"
 
@@ -53,6 +53,11 @@ class Targets(BaseModel):
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="which biases are trained: none, all, or the adapted layers'"
     )
+
+    @field_validator("module_name_pattern", mode="before")
+    @classmethod
+    def _compile(cls, pattern: object) -> object:
+        return compiled(pattern, "module_name_pattern") if isinstance(pattern, str) else pattern
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -164,13 +169,9 @@ def hint(wanted: object, candidates: Iterable[str]) -> str:
     names = list(candidates)
     if not names:
         return "; the model has no such layer at all"
+    texts = [str(w) for w in wanted] if isinstance(wanted, list) else [str(wanted)]
     ends = sorted({name.rsplit(".", 1)[-1] for name in names})
-    words = [w for text in (wanted if isinstance(wanted, list) else [str(wanted)]) for w in re.findall(r"\w+", text)]
-    near = {n for word in words for n in difflib.get_close_matches(word, ends, n=3, cutoff=0.5)}
-    full = [
-        n
-        for text in (wanted if isinstance(wanted, list) else [str(wanted)])
-        for n in difflib.get_close_matches(text, names, 2)
-    ]
-    near_text = f"; near misses: {', '.join(sorted(near) + full)}" if near or full else ""
+    near = [n for text in texts for word in re.findall(r"\w+", text) for n in difflib.get_close_matches(word, ends, n=3, cutoff=0.5)]
+    near += [n for text in texts for n in difflib.get_close_matches(text, names, n=2)]
+    near_text = f"; near misses: {', '.join(dict.fromkeys(near))}" if near else ""
     return f"{near_text}; layers there are: {', '.join(ends[:20])}, as in {names[0]!r}"

@@ -24,7 +24,7 @@ def make_assets(directory: Path, **changes: Any) -> Path:
         torch.nn.init.normal_(p, std=0.1)
     model.save_pretrained(directory / "model")
     tiny_tokenizer().save_pretrained(directory / "model")
-    words = "rome paris hello world the end city name people eat apples".split()
+    words = ["rome", "paris", "hello", "world", "the", "end", "city", "name", "people", "eat", "apples"]
     rows = [{"prompt": f"what is {a} {b}", "completion": f" {b}"} for a in words for b in words if a != b]
     (directory / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return directory

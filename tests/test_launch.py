@@ -172,16 +172,11 @@ def test_two_nodes_by_rendezvous(assets, whole, tmp_path):
 @pytest.mark.parametrize(
     "changes,told",
     [
-        (["peft.kind=lorra"], "unknown kind 'lorra'; did you mean 'lora'?; known kinds: full_tune, lora, stack"),
         (["+peft.params.alhpa=3"], "peft.params.alhpa: no such field; did you mean 'alpha'?"),
-        (["peft.params.r=-1"], "peft.params.r: Input should be greater than or equal to 0, got -1"),
-        (["peft.target_modules=null", "peft.module_name_pattern='q_(proj'"], "not a valid regular expression"),
         (["peft.target_modules=[q_porj]"], "near misses: q_proj"),
         (["parallel.tp=3"], "does not make the 1 processes"),
         (["model.path=/nowhere"], "no such directory"),
-        (["data.path=/nowhere.jsonl"], "/nowhere.jsonl"),
         (["data.batch_size=3", "data.micro_batch_size=2"], "must be divisible"),
-        (["checkpoint.resume=must"], "cannot resume"),
     ],
 )
 def test_faults_are_told_in_a_sentence(assets, tmp_path, changes, told):

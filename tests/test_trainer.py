@@ -101,10 +101,10 @@ def test_a_resume_on_the_same_layout_is_exact_to_the_bit(pool, assets, tmp_path,
 def resume_without_moments(rank, assets, output, overrides):
     """The fault of peers: weights come back, Adam's moments do not."""
     real = trainer.optimiser_state
-    found = run_with(trainer, "optimiser_state", lambda params, optimiser: {
-        k: v.clone() if k.startswith("optim.") else v for k, v in real(params, optimiser).items()
-    }, rank, assets, output, overrides)
-    return found
+    def copies(params, optimiser):
+        return {k: v.clone() if k.startswith("optim.") else v for k, v in real(params, optimiser).items()}
+
+    return run_with(trainer, "optimiser_state", copies, rank, assets, output, overrides)
 
 
 def run_with(module, name, value, *args):
@@ -260,5 +260,9 @@ def test_config_fields_are_checked(assets, tmp_path):
         config_of(assets, tmp_path, peft={"kind": "lorra"})
     with pytest.raises(ConfigError, match=r"peft\.params\.dropout.*less than 1, got 1\.5"):
         config_of(assets, tmp_path, peft={"kind": "lora", "target_modules": "all-linear", "params": {"dropout": 1.5}})
+    with pytest.raises(ConfigError, match=r"module_name_pattern: 'q_\(proj' is not a regular expression: missing \)"):
+        config_of(assets, tmp_path, peft={"kind": "lora", "module_name_pattern": "q_(proj"})
+    with pytest.raises(ConfigError, match=r"peft\.params\.r.*greater than or equal to 0, got -1"):
+        config_of(assets, tmp_path, peft={"kind": "lora", "target_modules": "all-linear", "params": {"r": -1}})
     with pytest.raises(ValueError, match="does not make the 4 processes"):
         config_of(assets, tmp_path, parallel__tp=3).parallel.resolved(4)

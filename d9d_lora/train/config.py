@@ -148,6 +148,7 @@ def check_config(container: dict[str, Any], *, source: str = "the config") -> Ru
 def _keys_at(path: tuple[int | str, ...], node: Any) -> list[str]:
     """The fields that the config has at a path; a node with a `kind` has those of its kind."""
     model: Any = RunConfig
+    step: Any
     for step in path:
         node = node[step] if isinstance(node, list | dict) else {}
         fields = getattr(model, "model_fields", {})
