@@ -62,3 +62,19 @@ def run(rank: int, assets: Path, output: Path, overrides: dict[str, Any]) -> dic
 
 def losses(summary: dict[str, Any]) -> list[float]:
     return [m["loss"] for m in summary["metrics"] if "loss" in m]
+
+
+class Bigram(torch.nn.Module):
+    """A model of the user's own: ids alone in, logits out."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(vocabulary, width)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(width, width) for _ in range(2)])
+        self.head = torch.nn.Linear(width, vocabulary)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + torch.nn.functional.gelu(layer(x))
+        return self.head(x)

@@ -9,6 +9,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from d9d_lora import inject_peft_and_freeze, merge_peft, peft_method_from_config, unmerge_peft
 from d9d_lora.method import adapted_layers
@@ -260,6 +262,41 @@ def test_the_count_sees_a_sum_per_parameter(pool):
     (plain, _) = pool.run(2, plain_loop_collectives, None)
     (base, _, _), _ = pool.run(2, count_collectives, "linear", "tp2", True)
     assert plain > sum(base.values())
+
+
+class Elements(TorchDispatchMode):
+    """Counts the elements that enter each c10d operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.moved = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            first = tree_flatten(args[1] if "reduce_scatter" in str(func) else args[0])[0][0]
+            name = func.name().removeprefix("c10d::")
+            self.moved[name] = self.moved.get(name, 0) + first.numel()
+        return func(*args, **(kwargs or {}))
+
+
+def reduced_elements(rank, layout_name):
+    layout = LAYOUTS[layout_name]
+    model, _ = make("lora", "linear_bias", layout)
+    with Elements() as elements:
+        backward(model, layout, accumulate=1)
+    padded = sum(-(-p.shape[0] // layout.shard) * layout.shard * p[0].numel() for p in trained(build_reference()).values())
+    return elements.moved, padded
+
+
+def build_reference():
+    return make("lora", "linear_bias", LAYOUTS["one"])[0]
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "hsdp2x2"])
+def test_fsdp_reduces_the_gradients_of_trained_elements_only(pool, layout):
+    for moved, trainable in pool.run(LAYOUTS[layout].world, reduced_elements, layout):
+        scattered = sum(n for name, n in moved.items() if "reduce_scatter" in name)
+        assert scattered == trainable, moved
 
 
 # -- law 6 on every layout, starts, masks -----------------------------------------------------------------------------------------

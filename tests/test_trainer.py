@@ -266,3 +266,24 @@ def test_config_fields_are_checked(assets, tmp_path):
         config_of(assets, tmp_path, peft={"kind": "lora", "target_modules": "all-linear", "params": {"r": -1}})
     with pytest.raises(ValueError, match="does not make the 4 processes"):
         config_of(assets, tmp_path, parallel__tp=3).parallel.resolved(4)
+
+
+def test_a_model_of_the_users_own(pool, assets, tmp_path):
+    model = {
+        "_target_": "tests.small_run.Bigram",
+        "kwargs": {"vocabulary": 400, "width": 16},
+        "tokenizer": str(assets / "model"),
+        "dtype": "float64",
+    }
+    (expected,) = pool.run(1, run, assets, tmp_path / "one", {"model": model})
+    found = pool.run(2, run, assets, tmp_path / "fsdp2", {"model": model})[0]
+    close(losses(found), losses(expected))
+    assert losses(found)[-1] < losses(found)[0]
+    with pytest.raises(AssertionError, match="has no tensor-parallel plan"):
+        pool.run(2, run, assets, tmp_path / "tp2", {"model": model, "parallel__tp": 2})
+
+
+def test_rank_zero_everywhere_is_told(pool, assets, tmp_path):
+    peft = {"kind": "lora", "target_modules": "all-linear", "params": {"r": 0}}
+    with pytest.raises(AssertionError, match="nothing would be trained"):
+        pool.run(1, run, assets, tmp_path, {"peft": peft})

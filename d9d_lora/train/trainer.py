@@ -36,7 +36,7 @@ from d9d_lora.train import model as models
 from d9d_lora.train.batches import Batches, MicroBatch, shift_labels, sweep
 from d9d_lora.train.checks import Coverage, check_replicas
 from d9d_lora.train.config import RunConfig
-from d9d_lora.train.data import load_data
+from d9d_lora.train.data import load_data, show_samples
 from d9d_lora.train.encode import IGNORE
 from d9d_lora.train.optim import adamw, clip_, learning_rate, optimiser_state
 from d9d_lora.train.packing import check_packing
@@ -101,6 +101,7 @@ class Trainer:
         self.tracker.say(f"data: {loaded.report}")
         if self.held_out:
             self.tracker.say(f"held out: {len(self.held_out):,} samples")
+        self.tracker.say(f"as it is trained: {show_samples(loaded.train, self.tokenizer, 1)}")
 
     def _build(self) -> None:
         """[the data's way through the house] meta, tensor parallel, inject, table, FSDP2, memory, weights, starts."""
@@ -140,6 +141,8 @@ class Trainer:
             check_packing(self.model, vocab_size=len(self.tokenizer), device=world.device)
         self.method.initialise(self.model)
         self.params = {clean(n): p for n, p in sorted(self.model.named_parameters(), key=lambda x: clean(x[0])) if p.requires_grad}
+        if not self.params:
+            raise ValueError("nothing would be trained: the targets match, but every one has r = 0; give at least one layer a rank")
         self.sum = ReplicatedSum(adapted_layers(self.model), in_parts=self._thawed_parts())
         self.fsdp = list(models.fsdp_modules(self.model))
         self.clocks = {id(c): c for la in adapted_layers(self.model) if (c := la.dropout.clock) is not None}.values()

@@ -1,0 +1,78 @@
+"""A method from another package, found by its entry point: it obeys the laws though this project never heard of it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from d9d_lora import inject_peft_and_freeze, merge_peft, peft_method_from_config, registry
+from d9d_lora.method import adapted_layers
+from d9d_lora.placement import ReplicatedSum
+from tests.catalogue import LAYERS, LAYOUTS, batch, build
+from tests.test_laws import backward, close, grads_of, make, wake
+
+PLUGIN = str(Path(__file__).parent / "plugin")
+
+
+def install():
+    if PLUGIN not in sys.path:
+        sys.path.insert(0, PLUGIN)
+    registry._installed.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def installed():
+    install()
+    yield
+    sys.path.remove(PLUGIN)
+    registry._installed.cache_clear()
+
+
+def config(layer):
+    return {"kind": "diagonal", "target_modules": LAYERS[layer].targets, "r": 3}
+
+
+def test_the_registry_finds_it():
+    assert "diagonal" in registry.kinds()
+    method = peft_method_from_config(config("linear"))
+    assert type(method).__name__ == "Diagonal"
+    assert type(method).__module__ == "diagonal_lora"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_its_start_changes_nothing_and_merged_is_adapted(layer):
+    model = build(layer)
+    ids, _ = batch(0)
+    plain = model(ids)
+    method = peft_method_from_config(config(layer))
+    inject_peft_and_freeze(method, model)
+    assert torch.equal(model(ids), plain)
+    wake(model)
+    adapted = model(ids)
+    assert (adapted - plain).abs().max() > 0.1
+    merge_peft(method, model)
+    assert (model(ids) - adapted).abs().max() < 1e-10
+
+
+def gradients(rank, layer, layout_name):
+    install()
+    from tests import catalogue
+
+    catalogue.METHODS["diagonal"] = {"kind": "diagonal", "r": 3}
+    layout = LAYOUTS[layout_name]
+    reference, _ = make("diagonal", layer, LAYOUTS["one"], rank_pattern={}, alpha_pattern={})
+    model, _ = make("diagonal", layer, layout, rank_pattern={}, alpha_pattern={})
+    wake(reference)
+    wake(model)
+    bucket = ReplicatedSum(adapted_layers(model))
+    backward(model, layout)
+    backward(reference, LAYOUTS["one"])
+    bucket.reduce()
+    close(grads_of(model), grads_of(reference))
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2", "tp2_sp", "fsdp2_tp2"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_its_gradients_on_layouts_equal_one_process(pool, layer, layout):
+    pool.run(LAYOUTS[layout].world, gradients, layer, layout)
