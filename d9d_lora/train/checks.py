@@ -53,10 +53,13 @@ def checksums(params: Mapping[str, nn.Parameter]) -> Tensor:
     rows = []
     for p in params.values():
         local = local_of(p.detach()).contiguous()
-        words = local.view(torch.uint8).view(-1).to(torch.int64)
-        place = torch.arange(1, words.numel() + 1, device=words.device)
-        box = key_of(*((s.start, s.stop) for s in box_of(p))) if local.numel() else 0
-        rows.append(torch.stack([torch.tensor(box, device=words.device), (words * (place % 65521 + 1)).sum()]))
+        total = torch.zeros((), dtype=torch.int64, device=local.device)
+        words = local.view(-1).view(torch.int16 if local.element_size() == 2 else torch.int32)
+        for n, block in enumerate(words.split(1 << 22)):  # in blocks: int64 takes several times the memory of the parameter
+            place = torch.arange(n, n + block.numel(), device=local.device) % 65521 + 1
+            total += (block.to(torch.int64) * place).sum()
+        held = key_of(*((s.start, s.stop) for s in box_of(p))) if local.numel() else 0
+        rows.append(torch.stack([torch.tensor(held, device=local.device), total]))
     return torch.stack(rows)
 
 

@@ -201,15 +201,17 @@ def draw_curve(metrics: Path, picture: Path) -> None:
         rate.plot([t[0] for t in train], [t[2] for t in train], color="tab:gray", linewidth=0.8, linestyle=":")
         rate.set_ylabel("learning rate (dotted)")
     if evaluation:
-        axes.plot(*zip(*evaluation), color="tab:orange", marker="o", label="held-out loss")
+        axes.plot(*zip(*evaluation), color="tab:orange", marker="o", linewidth=0.8, linestyle="--", label="held-out loss")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss a target token")
-    axes.set_ylim(bottom=0)
+    values = [v for _, v, *_ in [*train, *evaluation] if v > 0]
+    if values and max(values) > 10 * min(values):
+        axes.set_yscale("log")
     axes.legend()
     figure.savefig(picture, dpi=120)
 
 
-def _smooth(values: list[float], keep: float = 0.9) -> list[float]:
+def _smooth(values: list[float], keep: float = 0.7) -> list[float]:
     smooth, weight, out = 0.0, 0.0, []
     for v in values:
         smooth, weight = keep * smooth + (1 - keep) * v, keep * weight + (1 - keep)

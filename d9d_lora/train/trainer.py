@@ -182,14 +182,14 @@ class Trainer:
         before = self.evaluate() if self.held_out else {}
         if before:
             self.tracker.evaluation(self.step, before)
-        coverage = Coverage(self.params) if self.step == 0 else None
         first, began = self.step, time.monotonic()
+        coverage = Coverage(self.params) if first + COVERED_AFTER <= loop.steps else None
         latest = before
         while self.step < loop.steps:
             values = self.train_step(coverage)
             self.tracker.step(self.step, values, show=self.step % loop.log_every == 0 or self.step == loop.steps)
-            if coverage and self.step == min(COVERED_AFTER, loop.steps) and loop.steps >= COVERED_AFTER:
-                coverage.check(self.step, self.world.device)
+            if coverage and self.step == first + COVERED_AFTER:
+                coverage.check(COVERED_AFTER, self.world.device)
                 coverage = None
             if self.step % loop.check_every == 0:
                 check_replicas(self.params, f"at step {self.step}")
