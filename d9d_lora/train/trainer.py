@@ -69,7 +69,7 @@ class Trainer:
         self.optimiser = adamw(self.params, config.optim)
         self.checkpoints = Checkpoints(self.output / "checkpoints", keep=config.checkpoint.keep)
         self.step, self.consumed, self.best = 0, 0, math.inf
-        self._stop = False
+        self._told = self._stop = False  # this process has been signalled; some process has
 
     # -- building ------------------------------------------------------------------------------------------------------------
 
@@ -199,11 +199,10 @@ class Trainer:
                 latest = self.evaluate()
                 self.tracker.evaluation(self.step, latest)
                 improved, self.best = latest["loss"] < self.best, min(self.best, latest["loss"])
-            stop = self.world.any(self._stop)
             every = self.config.checkpoint.every
-            if last or stop or improved or (every and self.step % every == 0):
+            if last or self._stop or improved or (every and self.step % every == 0):
                 self.save(best=improved)
-            if stop and not last:
+            if self._stop and not last:
                 self.tracker.say(f"told to stop: saved at step {self.step}; the same command resumes")
                 self.tracker.close()
                 raise Stopped
@@ -226,12 +225,13 @@ class Trainer:
         began = time.monotonic()
         self.model.train()
         micro = [b.to(device) for b in self.batches.step(self.consumed)]
-        counts = torch.tensor([sum(b.target_tokens for b in micro), sum(b.tokens for b in micro)], dtype=torch.float64)
-        targets, tokens = self.world.sum_over_dp(counts.to(*_wide(device))).tolist()
+        here = [sum(b.target_tokens for b in micro), sum(b.tokens for b in micro), self._told]
+        targets, tokens, told = self.world.sum_over_dp(torch.tensor(here, **_wide(device))).tolist()
+        self._stop = told > 0  # every rank learns of a signal in the same step
         rate = learning_rate(config.optim, self.step, config.train.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        total = torch.zeros((), dtype=_wide(device)[1], device=device)
+        total = torch.zeros((), **_wide(device))
         for i, batch in enumerate(micro):
             for m in self.fsdp:
                 m.set_requires_gradient_sync(i == len(micro) - 1, recurse=False)
@@ -311,7 +311,7 @@ class Trainer:
         target token is the most likely one, which is what greedy decoding would produce)."""
         self.model.eval()
         device = self.world.device
-        sums = torch.zeros(4, dtype=_wide(device)[1], device=device)
+        sums = torch.zeros(4, **_wide(device))
         for batch in sweep(
             self.held_out,
             micro_batch_size=max(self.config.data.micro_batch_size, 8),
@@ -396,7 +396,7 @@ class Trainer:
             write_text(self.output / "census.json", json.dumps(self.census, indent=1))
 
     def _told_to_stop(self, number: int, frame: object) -> None:
-        self._stop = True
+        self._told = True
 
 
 class _Remember:
@@ -436,7 +436,7 @@ def max_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
 
 
-def _wide(device: torch.device) -> tuple[torch.device, torch.dtype]:
+def _wide(device: torch.device) -> dict[str, Any]:
     """Where sums are kept: float64, but for devices that have none."""
-    return device, torch.float32 if device.type == "mps" else torch.float64
+    return {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
 

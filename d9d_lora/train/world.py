@@ -36,20 +36,14 @@ class World:
         return self.rank // self.parallel.tp  # tp is the innermost axis of the mesh
 
     def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
-        """Adds a small tensor over the ranks that see different data, in place."""
-        if self.mesh is not None and self.dp_size > 1:
-            for axis in MESH_AXES[:2]:
-                if self.mesh[axis].size() > 1:
-                    dist.all_reduce(values, group=self.mesh.get_group(axis))
-        return values
+        """Adds a small tensor over the ranks that see different data, in place: one collective, over all ranks.
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; every rank learns it."""
-        if self.mesh is None:
-            return flag
-        seen = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        return bool(seen.item())
+        Tensor-parallel ranks hold equal values, so the sum over everybody is theirs too, `tp` times.
+        """
+        if self.mesh is not None:
+            dist.all_reduce(values)
+            values /= self.parallel.tp
+        return values
 
 
 def device_of(name: str) -> torch.device:
