@@ -8,11 +8,11 @@ import torch.distributed as dist
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from d9d_lora import inject_peft_and_freeze, peft_method_from_config
-from d9d_lora.method import adapted_layers
 from d9d_lora.placement import ReplicatedSum, fill_, full_of
 from d9d_lora.train import model as models
 from d9d_lora.train.config import ModelConfig, ParallelConfig
 from d9d_lora.train.world import World, join
+from d9d_lora.walk import adapted_layers
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 52}
 GEMMA = {**SHAPE, "head_dim": 8, "num_key_value_heads": 4}

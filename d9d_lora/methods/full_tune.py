@@ -7,8 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from d9d_lora.layers import AdaptedLayer
-from d9d_lora.method import InjectionError, PeftInjectionResult, PeftMethod, names_of_modules, refuse_sharded
+from d9d_lora.method import InjectionError, PeftInjectionResult, PeftMethod
 from d9d_lora.targets import NoMatch, hint
+from d9d_lora.walk import names_of_modules, refuse_sharded
 
 
 class FullTuneConfig(BaseModel):

@@ -14,9 +14,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from d9d_lora.adapters import AdapterConfig, AdapterMethod, Site
 from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedLayer, AdaptedLinear
-from d9d_lora.method import AdapterConfig, AdapterMethod, Site
 from d9d_lora.methods.delta import Delta, Draw
 
 

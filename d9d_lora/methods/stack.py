@@ -7,8 +7,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 from torch import Tensor, nn
 
-from d9d_lora.method import PeftInjectionResult, PeftMethod, refuse_adapted
+from d9d_lora.method import PeftInjectionResult, PeftMethod
 from d9d_lora.registry import config_from, peft_method_from_config
+from d9d_lora.walk import refuse_adapted
 
 
 class PeftStackConfig(BaseModel):

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from d9d_lora.layers import AdaptedConv1D, AdaptedLayer
-from d9d_lora.method import names_of_modules
 from d9d_lora.methods.lora import LoRADelta
 from d9d_lora.state.names import clean
 from d9d_lora.targets import by_name, named
+from d9d_lora.walk import names_of_modules
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"  # the version whose names and meanings these are

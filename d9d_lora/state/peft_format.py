@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from d9d_lora.layers import AdaptedLayer
-from d9d_lora.method import names_of_modules, reshard
 from d9d_lora.placement import full_of, local_of
 from d9d_lora.state.atomic import (
     TEMPORARY,
@@ -49,6 +48,7 @@ from d9d_lora.state.peft_read import method_of, parts_of, read_adapter_config
 from d9d_lora.state.reader import LoadReport, _assemble, load_checkpoint, local_runs, named_state
 from d9d_lora.state.safetensors_dir import CheckpointFiles, open_checkpoint
 from d9d_lora.state.safetensors_write import Promise, library_order, write_safetensors
+from d9d_lora.walk import names_of_modules, reshard
 
 __all__ = ["AdapterError", "load_adapter_weights", "method_of", "read_adapter_config", "save_adapter"]
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import nn
 
-from d9d_lora.method import names_of_modules
 from d9d_lora.methods.lora import LoRA, LoRAConfig
 from d9d_lora.state.names import PEFT_PREFIX, clean
 from d9d_lora.state.peft_config import CONFIG, WEIGHTS, AdapterError, meaning, pattern_of, targets_of
 from d9d_lora.state.safetensors_dir import PICKLES, open_checkpoint
 from d9d_lora.targets import by_name, hint
+from d9d_lora.walk import names_of_modules
 
 # Fields with which the same tensors give another output. Each is refused unless it has one of these values.
 _REFUSED: dict[str, tuple[Any, str]] = {

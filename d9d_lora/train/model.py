@@ -21,13 +21,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Pr
 from torch.utils.checkpoint import checkpoint
 
 from d9d_lora.layers import AdaptedLayer
-from d9d_lora.method import adapted_layers
 from d9d_lora.placement import local_of
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperSequential
 from d9d_lora.state.reader import LoadReport, hf_prefix_mapper, load_checkpoint
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.styles import parallelize_adapted, retie, tied_names
 from d9d_lora.train.config import ModelConfig, ParallelConfig
+from d9d_lora.walk import adapted_layers
 
 
 @dataclass

@@ -15,10 +15,10 @@ from rich.table import Table
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from d9d_lora.method import adapted_layers
 from d9d_lora.placement import local_of
 from d9d_lora.state.names import clean
 from d9d_lora.train.config import TrackerConfig
+from d9d_lora.walk import adapted_layers
 
 # Wide where there is no terminal to ask: a table in a log file should not be folded to 80 columns.
 console = Console(file=sys.stdout, soft_wrap=True, width=None if sys.stdout.isatty() else 150)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from d9d_lora.inject import inject_peft_and_freeze
-from d9d_lora.method import PeftMethod, adapted_layers
+from d9d_lora.method import PeftMethod
 from d9d_lora.placement import ReplicatedSum, key_of
 from d9d_lora.registry import peft_method_from_config
 from d9d_lora.state.atomic import decided, write_text
@@ -42,6 +42,7 @@ from d9d_lora.train.optim import adamw, clip_, learning_rate, optimiser_state
 from d9d_lora.train.packing import check_packing
 from d9d_lora.train.report import Tracker, census, show_census, size
 from d9d_lora.train.world import World
+from d9d_lora.walk import adapted_layers
 
 REQUEUE = 75  # the exit code of a run that was told to stop and saved: EX_TEMPFAIL, "try again"
 COVERED_AFTER = 2  # a zero factor wakes its partner: after two steps every factor must have had a gradient

@@ -11,11 +11,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from d9d_lora import inject_peft_and_freeze, peft_method_from_config
-from d9d_lora.method import adapted_layers
 from d9d_lora.placement import fill_
 from d9d_lora.state import peft_format
 from d9d_lora.state.peft_format import AdapterError, load_adapter_weights, method_of, read_adapter_config, save_adapter
 from d9d_lora.state.safetensors_dir import CheckpointError
+from d9d_lora.walk import adapted_layers
 from tests.catalogue import LAYOUTS, batch
 from tests.test_laws import backward, make, wake
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from d9d_lora.method import AdapterConfig, AdapterMethod
+from d9d_lora.adapters import AdapterConfig, AdapterMethod
 from d9d_lora.methods.delta import Delta
 
 

@@ -1,0 +1,208 @@
+"""Every adapter method but its delta: which layers, wrapping them all or none, merging, undoing. A method says `delta_for(name)`."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from d9d_lora.dropout import Clock
+from d9d_lora.layers import AdaptedLayer, AdaptedLinear, kind_of
+from d9d_lora.method import InjectionError, PeftInjectionResult, PeftMethod
+from d9d_lora.methods.delta import Delta
+from d9d_lora.placement import local_of
+from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperRename
+from d9d_lora.state.names import renames
+from d9d_lora.targets import ALL_LINEAR, Targets
+from d9d_lora.walk import clock_of, names_of_modules, output_head, prefixes, refuse_adapted, refuse_sharded, refuse_tied, reshard
+
+
+class AdapterConfig(Targets):
+    """What the config of every adapter method has: the targets, and the seed of the starts."""
+
+    kind: str
+    seed: int = Field(0, description="seed of the starting values and dropout masks; they depend on it and on names, not on the layout")
+
+
+TAdapter = TypeVar("TAdapter", bound=AdapterConfig)
+
+
+@dataclass
+class Site:
+    """A layer that will be adapted: every name it is reached by (tied modules have several), and how."""
+
+    names: list[str]
+    base: nn.Module
+    layer: type[AdaptedLayer]
+    delta: Delta
+
+
+class AdapterMethod(PeftMethod[TAdapter]):
+    """A method that adds a delta to layers. Subclasses say which delta: `delta_for(name)`."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, config: TAdapter) -> None:
+        self.config = config
+        self._merged: list[tuple[list[str], AdaptedLayer, Tensor | None]] = []
+
+    @classmethod
+    def from_config(cls, config: TAdapter) -> Self:
+        return cls(config)
+
+    @abstractmethod
+    def delta_for(self, name: str) -> Delta | None:
+        """The delta for a target of this name; None leaves the layer alone (loralib's r = 0)."""
+
+    def wrap(self, site: Site, clock: Clock) -> AdaptedLayer:
+        """The adapted layer of a site, not yet in the model."""
+        return site.layer(site.base, site.delta, name=site.names[0], seed=self.config.seed, clock=clock)
+
+    # -- in ------------------------------------------------------------------------------------------------------------------
+
+    def inject(self, module: nn.Module) -> PeftInjectionResult:
+        refuse_adapted(module)
+        return self.extend(module)
+
+    def extend(self, module: nn.Module) -> PeftInjectionResult:
+        refuse_sharded(module)
+        sites, passed_over = self.sites(module)
+        saved = self._modules_to_save(module)
+        clock = clock_of(module, self.config.seed)
+        layers = [self.wrap(site, clock) for site in sites]  # everything that can fail has failed before the model is touched
+        biases = self._biases(module, sites)
+
+        train: list[nn.Parameter] = []
+        mappers: list[ModelStateMapper] = []
+        for site, layer in zip(sites, layers):
+            layer.take_over()
+            for name in site.names:
+                module.set_submodule(name, layer)
+                mappers += [ModelStateMapperRename(old, new) for old, new in renames(name, site.base)]
+            train += layer.factors().values()
+        train += [p for p in [*biases, *saved] if not any(p is q for q in train)]
+        return PeftInjectionResult(train, mappers, passed_over)
+
+    def sites(self, module: nn.Module) -> tuple[list[Site], list[str]]:
+        """The layers to adapt, and what the pattern matched beside them. Announces; changes nothing."""
+        config = self.config
+        names = names_of_modules(module)
+        head = output_head(module)
+        candidates = [n for ns, m in names for n in ns if kind_of(m) and not isinstance(m, AdaptedLayer)]
+        sites, passed_over, matched, left_alone = [], [], [], []
+        for all_names, base in names:
+            wanted = [name for name in all_names if config.wants(name)]
+            if not wanted or base is module:
+                continue
+            if isinstance(base, AdaptedLayer):
+                raise InjectionError(
+                    f"{wanted[0]} already has an adapter ({base.delta}). Name each layer in one method of the stack only, "
+                    "or merge or remove the first adapter before the second is injected."
+                )
+            kind = kind_of(base)
+            if config.target_modules == ALL_LINEAR and (kind is None or not issubclass(kind, AdaptedLinear) or base is head):
+                continue
+            if kind is None:
+                if isinstance(config.target_modules, list):
+                    raise InjectionError(
+                        f"{wanted[0]} is a {type(base).__name__}, which no layer kind adapts (expected a linear layer or an "
+                        "embedding). Name the layers inside it, or train it whole with modules_to_save."
+                    )
+                passed_over += wanted
+                continue
+            reason = kind.refuses(base)
+            if reason:
+                raise InjectionError(f"{wanted[0]} ({type(base).__name__}) cannot be adapted: {reason}.")
+            matched += wanted
+            delta = self.delta_for(wanted[0])
+            if delta is None:
+                left_alone += wanted
+            else:
+                sites.append(Site(all_names, base, kind, delta))
+        config.check_all_used(matched, candidates, [n for ns, _ in names for n in ns])
+        return sites, passed_over + left_alone
+
+    def _modules_to_save(self, module: nn.Module) -> list[nn.Parameter]:
+        """Parameters of modules trained whole. Sharing a weight with a module that is not named would train that one too."""
+        if not self.config.modules_to_save:
+            return []
+        chosen = [m for ns, m in names_of_modules(module) if any(self.config.saves(n) for n in ns)]
+        params = {id(p): p for m in chosen for p in m.parameters()}
+        for name, p in module.named_parameters(remove_duplicate=False):
+            owner = name.rpartition(".")[0]
+            if id(p) in params and not any(self.config.saves(prefix) for prefix in prefixes(owner)):
+                raise InjectionError(
+                    f"modules_to_save: {name} is the same tensor as one of {self.config.modules_to_save}, and would be trained "
+                    "with it. Name both modules, or build the model with untied weights."
+                )
+        return list(params.values())
+
+    def _biases(self, module: nn.Module, sites: list[Site]) -> list[nn.Parameter]:
+        if self.config.bias == "all":
+            return [p for name, p in module.named_parameters() if name == "bias" or name.endswith(".bias")]
+        if self.config.bias == "lora_only":
+            return [b for site in sites if isinstance(b := getattr(site.base, "bias", None), nn.Parameter)]
+        return []
+
+    # -- out -----------------------------------------------------------------------------------------------------------------
+
+    def layers(self, module: nn.Module) -> list[tuple[list[str], AdaptedLayer]]:
+        """The layers of `module` that this method, or another object of the same config, has adapted."""
+        return [
+            (names, m)
+            for names, m in names_of_modules(module)
+            if isinstance(m, AdaptedLayer) and m.delta.kind == self.kind and any(self.config.wants(n) for n in names)
+        ]
+
+    @torch.no_grad()
+    def merge(self, module: nn.Module, *, undoable: bool = True) -> None:
+        """Folds every delta into its base, in fp32 with one rounding, each rank its own box.
+
+        Args:
+            module: The model, on any layout. Collective where factors are sharded.
+            undoable: Keep the adapted base weights as they were, so that `unmerge` is exact to the bit; costs one copy of them.
+
+        Raises:
+            ValueError: if there is nothing to merge, or a factor is not finite; nothing has been changed then.
+        """
+        layers = self.layers(module)
+        if not layers:
+            raise ValueError(f"nothing to merge: the model has no {self.kind} adapter of this config. Inject it, or load one, first.")
+        refuse_tied(module, layers)
+        reshard(module)
+        whole = [layer.whole_factors() for _, layer in layers]
+        for (names, _), factors in zip(layers, whole):
+            for factor, value in factors.items():
+                if not value.isfinite().all():
+                    raise ValueError(f"{names[0]}.{factor} has values that are not finite; merging it would spoil the base weight.")
+        self._merged = []
+        for (names, layer), factors in zip(layers, whole):
+            weight: Tensor = layer.base.weight  # type: ignore[assignment]
+            original = local_of(weight).clone() if undoable else None
+            base = layer.merge_with_base_(factors)
+            for name in names:
+                module.set_submodule(name, base)
+            self._merged.append((names, layer, original))
+
+    @torch.no_grad()
+    def unmerge(self, module: nn.Module) -> None:
+        """Undoes the last merge: the base weights are as they were to the bit, and the adapters are back."""
+        if not self._merged:
+            raise ValueError("nothing to unmerge: this method object has merged nothing. Unmerge with the object that merged.")
+        if any(original is None for _, _, original in self._merged):
+            raise ValueError("the merge was made with undoable=False, which keeps no copy of the weights; load the base again.")
+        reshard(module)
+        for names, layer, original in self._merged:
+            local_of(layer.base.weight).copy_(original)  # type: ignore[arg-type]
+            layer.take_over()
+            for name in names:
+                module.set_submodule(name, layer)
+        self._merged = []
+
+    def remove(self, module: nn.Module) -> None:
+        for names, layer in self.layers(module):
+            base = layer.give_back()
+            for name in names:
+                module.set_submodule(name, base)
