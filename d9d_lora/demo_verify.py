@@ -3,16 +3,17 @@
     python -m d9d_lora.demo verify --run outputs/quickstart
 
 [Note: tolerances of the comparison]
-All is computed in fp32, where the two readers differ in the order of sums only. `TOLERANCE` is a part of the largest logit; a fault
-is larger by orders of magnitude: `verify` also says how far the adapter moves the logits, and `tests/test_demo_verify.py` how far
-they are off when the scale is, or one layer's rows are in another order (to which exact match is blind).
+All is computed in fp32, where the two readers may differ in the order of sums only. `TOLERANCE` is a part of the largest logit; a
+fault is larger by orders of magnitude, also one that exact match cannot see, such as rows of one layer in another order
+(`tests/test_demo_verify.py` makes some). `verify` also says how far the adapter moves the logits at all.
 
-The merged model is in the dtype of the base, so its weights are rounded: compared are the weights, with PEFT's own merge rounded
-once, and each may differ by one step of the dtype (two fp32 sums in another order may round to either side of a tie). Its logits
-are told, and held to what such a rounding can do: the same weights rounded another way differ as much.
+The merged model is in the dtype of the base, so its weights are rounded. Compared are therefore its weights, with PEFT's own merge
+rounded once: each may differ by one step of the dtype, since two fp32 sums in another order may round to either side of a tie. How far
+the rounding moves the logits is told, and no fault.
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from d9d_lora.demo import DemoError
+from d9d_lora.demo import DemoError, _quiet
 from d9d_lora.generate import Chat, answer
 from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.state.peft_format import load_adapter_weights, method_of
@@ -83,7 +84,9 @@ def verify(directory: Path) -> None:
     after = answer(Chat(model, tokenizer), prompt, max_new_tokens=12)
     del model
 
-    theirs_model: Any = PeftModel.from_pretrained(open_fp32(run.model), str(run.adapter)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of names that transformers will drop: not the reader's affair
+        theirs_model: Any = PeftModel.from_pretrained(open_fp32(run.model), str(run.adapter)).eval()
     theirs = logits_of(theirs_model, tokenizer, texts)
     largest = float(theirs.abs().max())
     told = [
@@ -118,9 +121,10 @@ def verify(directory: Path) -> None:
 
 def open_fp32(path: Path) -> Any:
     """A causal language model with its weights in fp32, ready to answer."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, utils
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
+    with _quiet(utils.logging):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
 
 
 def logits_of(model: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:

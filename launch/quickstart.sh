@@ -27,7 +27,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 [[ -e $output/checkpoints/latest ]] && say "$output holds $(cat "$output/checkpoints/latest"): the run resumes there"
 say "Training: $RANKS processes of $OMP_NUM_THREADS threads, into $output"
 "$PYTHON" -m torch.distributed.run --nproc-per-node "$RANKS" --rdzv-backend c10d --rdzv-endpoint localhost:0 \
-    launch/train.py experiment=quickstart "$@"
+    launch/train.py experiment=quickstart output_dir="$output" "$@"
 
 # The merged model is replaced only where the note beside it says that this script made it.
 adapter_sum=$(cksum <"$output/adapter/adapter_model.safetensors")
