@@ -1,8 +1,10 @@
 """Every adapter method but its delta: which layers, wrapping them all or none, merging, undoing. A method says `delta_for(name)`."""
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field
@@ -16,7 +18,17 @@ from d9d_lora.placement import local_of
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperRename
 from d9d_lora.state.names import renames
 from d9d_lora.targets import ALL_LINEAR, Targets
-from d9d_lora.walk import clock_of, names_of_modules, output_head, prefixes, refuse_adapted, refuse_sharded, refuse_tied, reshard
+from d9d_lora.walk import (
+    adapted_layers,
+    clock_of,
+    names_of_modules,
+    output_head,
+    prefixes,
+    refuse_sharded,
+    refuse_tied,
+    reshard,
+    tensor_parallel_mesh,
+)
 
 
 class AdapterConfig(Targets):
@@ -39,6 +51,15 @@ class Site:
     delta: Delta
 
 
+@dataclass
+class Merged:
+    """A layer that was merged: its names, itself, and this rank's part of the base weight as it was (None: not kept)."""
+
+    names: list[str]
+    layer: AdaptedLayer
+    original: Tensor | None
+
+
 class AdapterMethod(PeftMethod[TAdapter]):
     """A method that adds a delta to layers. Subclasses say which delta: `delta_for(name)`."""
 
@@ -46,7 +67,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
 
     def __init__(self, config: TAdapter) -> None:
         self.config = config
-        self._merged: list[tuple[list[str], AdaptedLayer, Tensor | None]] = []
+        self._merged: WeakKeyDictionary[nn.Module, list[Merged]] = WeakKeyDictionary()
 
     @classmethod
     def from_config(cls, config: TAdapter) -> Self:
@@ -63,14 +84,10 @@ class AdapterMethod(PeftMethod[TAdapter]):
     # -- in ------------------------------------------------------------------------------------------------------------------
 
     def inject(self, module: nn.Module) -> PeftInjectionResult:
-        refuse_adapted(module)
-        return self.extend(module)
-
-    def extend(self, module: nn.Module) -> PeftInjectionResult:
         refuse_sharded(module)
         sites, passed_over = self.sites(module)
         saved = self._modules_to_save(module)
-        clock = clock_of(module, self.config.seed)
+        clock = clock_of(module) or Clock(self.config.seed, tensor_parallel_mesh(module))
         layers = [self.wrap(site, clock) for site in sites]  # everything that can fail has failed before the model is touched
         biases = self._biases(module, sites)
 
@@ -80,8 +97,12 @@ class AdapterMethod(PeftMethod[TAdapter]):
             layer.take_over()
             for name in site.names:
                 module.set_submodule(name, layer)
+                if isinstance(module.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+                    layer.register_forward_pre_hook(_called)
                 mappers += [ModelStateMapperRename(old, new) for old, new in renames(name, site.base)]
             train += layer.factors().values()
+        if any(layer.dropout.p > 0 for layer in layers):
+            clock.attach(module)
         train += [p for p in [*biases, *saved] if not any(p is q for q in train)]
         return PeftInjectionResult(train, mappers, passed_over)
 
@@ -177,32 +198,56 @@ class AdapterMethod(PeftMethod[TAdapter]):
             for factor, value in factors.items():
                 if not value.isfinite().all():
                     raise ValueError(f"{names[0]}.{factor} has values that are not finite; merging it would spoil the base weight.")
-        self._merged = []
+        merged = []
         for (names, layer), factors in zip(layers, whole):
             weight: Tensor = layer.base.weight  # type: ignore[assignment]
             original = local_of(weight).clone() if undoable else None
             base = layer.merge_with_base_(factors)
             for name in names:
                 module.set_submodule(name, base)
-            self._merged.append((names, layer, original))
+            merged.append(Merged(names, layer, original))
+        self._merged[module] = merged
+        rest(module, merged[0].layer)
 
     @torch.no_grad()
     def unmerge(self, module: nn.Module) -> None:
-        """Undoes the last merge: the base weights are as they were to the bit, and the adapters are back."""
-        if not self._merged:
-            raise ValueError("nothing to unmerge: this method object has merged nothing. Unmerge with the object that merged.")
-        if any(original is None for _, _, original in self._merged):
-            raise ValueError("the merge was made with undoable=False, which keeps no copy of the weights; load the base again.")
+        """Undoes the last merge into this model: the base weights are as they were to the bit, and the adapters are back."""
+        if module not in self._merged:
+            raise ValueError("nothing to unmerge: this method object has merged nothing into this model. Use the object that merged.")
+        for m in self._merged[module]:
+            if m.original is None:
+                raise ValueError("the merge was made with undoable=False, which keeps no copy of the weights; load the base again.")
+            if module.get_submodule(m.names[0]) is not m.layer.base:
+                raise ValueError(f"{m.names[0]} has been changed since the merge; remove what was injected there before unmerging.")
         reshard(module)
-        for names, layer, original in self._merged:
-            local_of(layer.base.weight).copy_(original)  # type: ignore[arg-type]
-            layer.take_over()
-            for name in names:
-                module.set_submodule(name, layer)
-        self._merged = []
+        for m in self._merged.pop(module):
+            local_of(m.layer.base.weight).copy_(m.original)  # type: ignore[arg-type]
+            m.layer.take_over()
+            for name in m.names:
+                module.set_submodule(name, m.layer)
+            if m.layer.dropout.clock is not None and m.layer.dropout.p > 0:
+                m.layer.dropout.clock.attach(module)
 
     def remove(self, module: nn.Module) -> None:
-        for names, layer in self.layers(module):
+        layers = self.layers(module)
+        for names, layer in layers:
             base = layer.give_back()
             for name in names:
                 module.set_submodule(name, base)
+        if layers:
+            rest(module, layers[0][1])
+
+    def initialise(self, module: nn.Module, batches: Iterable[Any] = ()) -> None:
+        """Starts every factor, where a meta build left none. The values are those of an injection into a model with weights."""
+        for _, layer in self.layers(module):
+            layer.reset_parameters()
+
+
+def _called(module: nn.Module, args: object) -> None:
+    """Does nothing, but is there: without hooks, `nn.TransformerEncoderLayer` in evaluation reads weights past the adapters."""
+
+
+def rest(module: nn.Module, last: AdaptedLayer) -> None:
+    """Takes the dropout clock off a model that has no adapter left."""
+    if last.dropout.clock is not None and next(adapted_layers(module), None) is None:
+        last.dropout.clock.detach()

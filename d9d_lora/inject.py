@@ -4,6 +4,7 @@ from torch import nn
 
 from d9d_lora.method import PeftMethod
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperParallel
+from d9d_lora.walk import refuse_adapted
 
 
 def inject_peft_and_freeze(method: PeftMethod, module: nn.Module) -> ModelStateMapper:
@@ -18,6 +19,7 @@ def inject_peft_and_freeze(method: PeftMethod, module: nn.Module) -> ModelStateM
         ValueError: if a target matches nothing, a layer cannot be adapted, the model already has adapters or is already sharded. The
             module, its `requires_grad` flags included, is then as it was.
     """
+    refuse_adapted(module)  # it would be frozen, and what it learned so far would silently stop learning
     flags = [(p, p.requires_grad) for p in module.parameters()]
     for p, _ in flags:
         p.requires_grad_(False)

@@ -6,7 +6,7 @@
     from_config(config)
 
 The first two and `from_config` are d9d's contract, so an object of ours works in d9d's injector and loader. What ours adds
-is optional for a method: `initialise`, `after_step`, `extra_loss`, `adapter_config`, `remove`.
+is optional for a method: `initialise`, `after_step`, `extra_loss`, `unmerge`, `remove`.
 """
 
 from abc import ABC, abstractmethod
@@ -59,10 +59,6 @@ class PeftMethod(ABC, Generic[TConfig]):
 
     # What d9d's contract lacks. Each has a default, so a method with none of it is three functions.
 
-    def extend(self, module: nn.Module) -> PeftInjectionResult:
-        """`inject` into a module that another method of the same stack has already changed."""
-        return self.inject(module)
-
     def unmerge(self, module: nn.Module) -> None:
         """Undoes the last `merge` of this object."""
 
@@ -78,7 +74,3 @@ class PeftMethod(ABC, Generic[TConfig]):
     def extra_loss(self, module: nn.Module) -> Tensor | None:
         """A term for the loss, or None."""
         return None
-
-    def adapter_config(self) -> dict[str, Any]:
-        """This method's part of `adapter_config.json`, in PEFT's words; empty if PEFT has no such method."""
-        return {}

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.distributed.tensor.placement_types import Placement
 
 from d9d_lora.layers import AdaptedLayer
+from d9d_lora.walk import clock_of
 
 
 class _OnBase(ParallelStyle):
@@ -45,6 +46,9 @@ def parallelize_adapted(
     ties = tied_names(model)
     parallelize_module(model, mesh, {name: _OnBase(style) for name, style in plan.items()}, src_data_rank=src_data_rank)
     retie(model, ties)
+    clock = clock_of(model)
+    if clock is not None:
+        clock.mesh = mesh
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in frozen:
             p.requires_grad_(False)

@@ -68,8 +68,12 @@ class Targets(BaseModel):
             )
         for field in ("target_modules", "exclude_modules"):
             value = getattr(self, field)
-            if isinstance(value, str) and value != ALL_LINEAR:
+            if isinstance(value, str) and value.lower() != ALL_LINEAR:
                 compiled(value, field)
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            self.target_modules = ALL_LINEAR
+        if wrong := {k: a for k, a in self.alpha_pattern.items() if not 0 < a < float("inf")}:
+            raise ValueError(f"alpha_pattern: alphas are positive numbers, got {wrong}; with 0 the adapter would be dead")
         for field in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, field):
                 compiled(rf"(.*\.)?({key})$", field)
@@ -89,30 +93,32 @@ class Targets(BaseModel):
         """Whether the targets name this layer ("all-linear" wants every name; the walk keeps to linear layers)."""
         if self.exclude_modules is not None and named(name, self.exclude_modules):
             return False
-        if self.saves(name):
-            return False
+        if any(re.match(rf"(.*\.)?{m}($|\.)", name) for m in self.modules_to_save or []):
+            return False  # trained whole, itself or what holds it
         if self.module_name_pattern is not None:
             return self.module_name_pattern.fullmatch(name) is not None
         assert self.target_modules is not None
         if self.target_modules == ALL_LINEAR:
             return True
+        if isinstance(self.target_modules, list) and name in self.target_modules:
+            return True  # a full name is taken whatever its layer number
         return named(name, self.target_modules) and self._in_layers(name)
 
     def saves(self, name: str) -> bool:
         """Whether `modules_to_save` names this module (and nothing excludes it)."""
         if self.exclude_modules is not None and named(name, self.exclude_modules):
             return False
-        return self.modules_to_save is not None and named(name, self.modules_to_save)
+        return any(name.endswith(m) for m in self.modules_to_save or [])
 
     def _in_layers(self, name: str) -> bool:
-        if self.layers_to_transform is None:
+        if self.layers_to_transform is None or self.layers_to_transform == []:
             return True
         wanted = (
             {self.layers_to_transform} if isinstance(self.layers_to_transform, int) else set(self.layers_to_transform)
         )
         lists = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        for pattern in lists or [r"[^.]*"]:
-            found = re.match(rf".*?\.?{pattern}\.(\d+)\.", name) if lists else re.match(r".*?\.(\d+)\.", f".{name}")
+        for pattern in lists or [""]:
+            found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) if lists else re.match(r".*?\.[^.]*\.(\d+)\.", name)
             if found:
                 return int(found.group(1)) in wanted
         return False
@@ -132,14 +138,15 @@ class Targets(BaseModel):
             wanted = self.module_name_pattern.pattern if self.module_name_pattern else self.target_modules
             raise NoMatch(f"{wanted!r} matches no layer that can be adapted{hint(wanted, candidates)}")
         if isinstance(self.target_modules, list):
-            idle = [t for t in self.target_modules if not any(named(name, [t]) for name in matched)]
+            taken = [*matched, *(name for name in all_names if self.saves(name))]
+            idle = [t for t in self.target_modules if not any(named(name, [t]) for name in taken)]
             if idle:
                 raise NoMatch(f"target_modules {idle} match no layer that can be adapted{hint(idle, candidates)}")
         for field in ("rank_pattern", "alpha_pattern"):
             idle = [k for k in getattr(self, field) if not any(re.match(rf"(.*\.)?({k})$", name) for name in matched)]
             if idle:
                 raise NoMatch(f"{field}: {idle} match none of the {len(matched)} adapted layers{hint(idle, matched)}")
-        idle = [m for m in self.modules_to_save or [] if not any(named(name, [m]) for name in all_names)]
+        idle = [m for m in self.modules_to_save or [] if not any(name.endswith(m) for name in all_names)]
         if idle:
             raise NoMatch(f"modules_to_save {idle} match no module{hint(idle, all_names)}")
 

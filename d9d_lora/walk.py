@@ -1,9 +1,11 @@
 """The walk over a model: its modules by name, and the states a model may be in that a method must refuse."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedLayer
@@ -17,8 +19,9 @@ def names_of_modules(module: nn.Module) -> list[tuple[list[str], nn.Module]]:
     def walk(prefix: str, m: nn.Module) -> None:
         found.setdefault(id(m), ([], m))[0].append(prefix)
         if not isinstance(m, AdaptedLayer):
-            for name, child in m.named_children():
-                walk(f"{prefix}.{name}" if prefix else name, child)
+            for name, child in m._modules.items():  # named_children() tells a module once, under the first of its names
+                if child is not None:
+                    walk(f"{prefix}.{name}" if prefix else name, child)
 
     walk("", module)
     return list(found.values())
@@ -42,14 +45,15 @@ def prefixes(name: str) -> Iterator[str]:
         name = name.rpartition(".")[0]
 
 
-def clock_of(module: nn.Module, seed: int) -> Clock:
-    """The dropout clock of a model: one, whatever the number of methods; it ticks with the model's training forwards."""
-    for layer in adapted_layers(module):
-        if layer.dropout.clock is not None:
-            return layer.dropout.clock
-    clock = Clock(seed)
-    module.register_forward_pre_hook(clock.tick)
-    return clock
+def clock_of(module: nn.Module) -> Clock | None:
+    """The dropout clock of an adapted model: one, whatever the number of methods."""
+    return next((layer.dropout.clock for layer in adapted_layers(module) if layer.dropout.clock is not None), None)
+
+
+def tensor_parallel_mesh(module: nn.Module) -> DeviceMesh | None:
+    """The mesh of the model's tensor-parallel layers, which layers outside the plan do not know of themselves."""
+    found = (p.device_mesh for p in module.parameters() if isinstance(p, DTensor) and p.device_mesh.ndim == 1)
+    return next(found, None)
 
 
 def refuse_sharded(module: nn.Module) -> None:
@@ -67,6 +71,17 @@ def refuse_adapted(module: nn.Module) -> None:
             f"the model already has adapters (the first is {layer.name!r}). Merge or remove them first; to combine methods, "
             "inject one PeftStack."
         )
+
+
+def refuse_trained_bases(module: nn.Module, train: Container[int]) -> None:
+    """A base that is trained beside its own adapter is neither; `train` holds the ids of trained parameters."""
+    for layer in adapted_layers(module):
+        for name, p in layer.base.named_parameters():
+            if name != "bias" and id(p) in train:
+                raise InjectionError(
+                    f"{layer.name} has an adapter ({layer.delta}), and its own {name} would be trained whole beside it. Narrow one of "
+                    "the two targets."
+                )
 
 
 def refuse_tied(module: nn.Module, layers: list[tuple[list[str], AdaptedLayer]]) -> None:

@@ -411,7 +411,7 @@ def masks_of_a_plain_loop(rank, layout_name):
     seen = []
     for _ in range(2):
         model(batch(0)[0][:2])
-        seen.append(up.dropout(torch.ones(4, 12), up.placing, up.in_size))
+        seen.append(up.dropout(torch.ones(4, 12)))
     return seen
 
 

@@ -37,6 +37,10 @@ class Factor(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T: a factor alone is a linear map, as in d9d. The adapted layer reads its weight instead."""
+        return nn.functional.linear(x, self.weight)
+
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}"
 
@@ -57,7 +61,7 @@ class AdaptedLayer(nn.Module):
     dropout: AdapterDropout
 
     def __init__(
-        self, base: nn.Module, delta: Delta, *, name: str = "", seed: int = 0, clock: Clock | None = None
+        self, base: nn.Module, delta: Delta, *, name: str = "", seed: int | None = None, clock: Clock | None = None
     ) -> None:
         super().__init__()
         self.base = base
@@ -67,12 +71,13 @@ class AdaptedLayer(nn.Module):
         self.dropout = AdapterDropout(delta.dropout, name, clock)
         self.placing = Placing.of(base.weight, self.weight_axes, name or type(base).__name__)  # type: ignore[arg-type]
         self.sums_own_parts = True
+        self.saw_part_of_tokens = False  # a replicated layer learns from its input that its gradients are parts
         weight: Tensor = base.weight  # type: ignore[assignment]
         dtype = adapter_dtype(weight.dtype)
         for factor, shape in delta.shapes(self.out_size, self.in_size).items():
             whole = torch.empty(shape, dtype=dtype, device=weight.device)
             self.add_module(factor, Factor(self.placing.distribute(whole, delta.axes[factor])))
-        self._watch_parts()
+        self._settle()
         self.reset_parameters()
         self.train(base.training)
 
@@ -118,22 +123,36 @@ class AdaptedLayer(nn.Module):
         return self.delta.factors(f)
 
     def reset_parameters(self) -> None:
-        """Starts every factor from (seed, name): the same values on every layout. Does nothing on meta."""
+        """Starts every factor from (seed, name): the same values on every layout. Does nothing on meta.
+
+        A layer that was made without a seed, outside any injection, draws one from torch's global generator.
+        """
+        if self.seed is None and self.placing.mesh is not None:
+            raise ValueError(f"{type(self).__name__}: give a `seed`; ranks that share this layer's weight must start alike")
+        seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
         for name, p in self.factors().items():
-            fill_(p, self.delta.start(name, lookup=self.lookup), seed=self.seed, name=f"{self.name}.{name}")
+            fill_(p, self.delta.start(name, lookup=self.lookup), seed=seed, name=f"{self.name}.{name}")
+        self._watch_parts()  # again: `to_empty` has replaced parameters
 
     # -- placement ---------------------------------------------------------------------------------------------------------
 
     def parameters_in_parts(self) -> Iterator[nn.Parameter]:
         """The trainable parameters of which each tensor-parallel rank computes only a part of the gradient."""
-        if self.placing.letter is None:
+        if self.placing.letter is None and not self.saw_part_of_tokens:
             return
         for name, axes in self.delta.axes.items():
-            if self.placing.letter not in axes:
+            if self.placing.letter is None or self.placing.letter not in axes:
                 yield self.factor(name)
         bias = getattr(self.base, "bias", None)
         if self.placing.letter == "I" and isinstance(bias, nn.Parameter) and bias.requires_grad:
             yield bias
+
+    def _settle(self) -> None:
+        start, _ = self.placing.span(self.in_size, "I")
+        self.dropout.window = (self.in_size, start)
+        if self.dropout.clock is not None and self.placing.mesh is not None:
+            self.dropout.clock.mesh = self.placing.mesh
+        self._watch_parts()
 
     def _watch_parts(self) -> None:
         if self.placing.mesh is not None:
@@ -149,7 +168,7 @@ class AdaptedLayer(nn.Module):
             if not hasattr(old, "placements"):
                 new = nn.Parameter(self.placing.distribute(old.detach(), axes), requires_grad=old.requires_grad)
                 self._modules[name].weight = new  # type: ignore[union-attr]
-        self._watch_parts()
+        self._settle()
         return self.take_over()
 
     def take_over(self) -> Self:

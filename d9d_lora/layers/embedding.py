@@ -34,7 +34,9 @@ class AdaptedEmbedding(AdaptedLayer):
         """ids [...] -> [..., D]."""
         if self.placing.mesh is None:
             return self.base(ids) + self.low_rank(ids, parts=False)
-        h, parts = self.placing.enter(ids, Replicate(), self.name)
+        h, parts = self.placing.enter(ids, None if self.placing.letter is None else Replicate(), self.name)
+        if self.placing.letter is None:
+            self.saw_part_of_tokens = parts
         if self.placing.letter == "I":
             y = self.rows_here(h, parts=parts)
         else:

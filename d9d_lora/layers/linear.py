@@ -21,6 +21,10 @@ class AdaptedLinear(AdaptedLayer):
 
     @staticmethod
     def refuses(module: nn.Module) -> str | None:
+        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            return "its weight is computed from other tensors (a parametrization), so nothing can be merged into it; remove that first"
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return "nn.MultiheadAttention reads its weight and never calls it, so an adapter would be dead; exclude it"
         if not module.weight.is_floating_point():  # type: ignore[union-attr,operator]
             return f"its weight is {module.weight.dtype}; expected floating point (a quantised base needs a layer kind of its own)"
         return None
@@ -31,13 +35,15 @@ class AdaptedLinear(AdaptedLayer):
             return self.base(x) + self.low_rank(x, parts=False)
         wanted: Placement | None = {"O": Replicate(), "I": Shard(x.ndim - 1), None: None}[self.placing.letter]
         h, parts = self.placing.enter(x, wanted, self.name)
+        if self.placing.letter is None:
+            self.saw_part_of_tokens = parts
         y = self.local_base(h, parts=parts) + self.low_rank(h, parts=parts)
         return self.placing.leave(y, x, self.out_size)
 
     def low_rank(self, x: Tensor, *, parts: bool) -> Tensor:
         """s drop(x) A^T B^T on this rank's part, in the dtype of x; the scale is put on the thin product."""
         B, A = self.local_factors(x.dtype, parts=parts)
-        z = linear(self.dropout(x, self.placing, self.in_size), A)
+        z = linear(self.dropout(x), A)
         return linear(z * self.delta.scaling, B)
 
     def local_base(self, x: Tensor, *, parts: bool) -> Tensor:

@@ -6,10 +6,9 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from d9d_lora.layers import AdaptedLayer
-from d9d_lora.method import InjectionError, PeftInjectionResult, PeftMethod
+from d9d_lora.method import PeftInjectionResult, PeftMethod
 from d9d_lora.targets import NoMatch, hint
-from d9d_lora.walk import names_of_modules, refuse_sharded
+from d9d_lora.walk import names_of_modules, refuse_sharded, refuse_trained_bases
 
 
 class FullTuneConfig(BaseModel):
@@ -39,13 +38,7 @@ class FullTune(PeftMethod[FullTuneConfig]):
                 f"full_tune: {self.config.module_name_pattern.pattern!r} matches no module with parameters"
                 + hint(self.config.module_name_pattern.pattern, [n for ns, m in names for n in ns if any(m.parameters(False))])
             )
-        for ns, m in matched:
-            adapted = next((a for a in m.modules() if isinstance(a, AdaptedLayer)), None)
-            if adapted is not None:
-                raise InjectionError(
-                    f"full_tune: {ns[0]} holds {adapted.name}, which has an adapter ({adapted.delta}): its base would no longer be "
-                    "frozen. Narrow one of the two patterns."
-                )
+        refuse_trained_bases(module, params)
         return PeftInjectionResult(list(params.values()), [])
 
     def merge(self, module: nn.Module) -> None:

@@ -26,7 +26,7 @@ class LoRAParameters(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     r: int = Field(8, ge=0, description="rank; 0 leaves the matched layers alone (as loralib does)")
-    alpha: float = Field(8, description="scale of the update: s = alpha / r")
+    alpha: float = Field(8, gt=0, allow_inf_nan=False, description="scale of the update: s = alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
     scaling: Literal["lora", "rslora"] = Field("lora", description="s = alpha / r, or alpha / sqrt(r), which suits high ranks")
 
@@ -89,7 +89,7 @@ class LoRALinear(AdaptedLinear):
         params: LoRAParameters,
         *,
         name: str = "",
-        seed: int = 0,
+        seed: int | None = None,
         clock: Clock | None = None,
         delta: LoRADelta | None = None,
     ) -> None:
@@ -118,17 +118,3 @@ class LoRA(AdapterMethod[LoRAConfig]):
                 site.base, self.config.params, name=site.names[0], seed=self.config.seed, clock=clock, delta=site.delta
             )
         return super().wrap(site, clock)
-
-    def adapter_config(self) -> dict[str, object]:
-        c, p = self.config, self.config.params
-        return {
-            "peft_type": "LORA",
-            "r": p.r,
-            "lora_alpha": p.alpha,
-            "lora_dropout": p.dropout,
-            "use_rslora": p.scaling == "rslora",
-            "bias": c.bias,
-            "rank_pattern": c.rank_pattern,
-            "alpha_pattern": c.alpha_pattern,
-            "modules_to_save": c.modules_to_save,
-        }

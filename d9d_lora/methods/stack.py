@@ -7,9 +7,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 from torch import Tensor, nn
 
+from d9d_lora.adapters import AdapterMethod
 from d9d_lora.method import PeftInjectionResult, PeftMethod
 from d9d_lora.registry import config_from, peft_method_from_config
-from d9d_lora.walk import refuse_adapted
+from d9d_lora.walk import refuse_trained_bases
 
 
 class PeftStackConfig(BaseModel):
@@ -33,26 +34,24 @@ class PeftStack(PeftMethod[PeftStackConfig]):
 
     def __init__(self, methods: Sequence[PeftMethod]) -> None:
         self.methods = list(methods)
+        self._merged: list[PeftMethod] = []
 
     @classmethod
     def from_config(cls, config: PeftStackConfig) -> Self:
         return cls([peft_method_from_config(m) for m in config.methods])
 
     def inject(self, module: nn.Module) -> PeftInjectionResult:
-        refuse_adapted(module)
-        return self.extend(module)
-
-    def extend(self, module: nn.Module) -> PeftInjectionResult:
         train: dict[int, nn.Parameter] = {}
         whole = PeftInjectionResult([], [])
         done: list[PeftMethod] = []
         try:
             for method in self.methods:
-                result = method.extend(module)
+                result = method.inject(module)
                 done.append(method)
                 train |= {id(p): p for p in result.parameters_to_train}
                 whole.load_state_mappers += result.load_state_mappers
                 whole.passed_over += result.passed_over
+            refuse_trained_bases(module, train)
         except Exception:
             for method in reversed(done):
                 method.remove(module)
@@ -61,12 +60,21 @@ class PeftStack(PeftMethod[PeftStackConfig]):
         return whole
 
     def merge(self, module: nn.Module) -> None:
-        for method in reversed(self.methods):
-            method.merge(module)
+        self._merged = []
+        try:
+            for method in reversed(self.methods):
+                if isinstance(method, AdapterMethod) and not method.layers(module):
+                    continue  # r = 0, or modules trained whole only
+                method.merge(module)
+                self._merged.append(method)
+        except Exception:
+            self.unmerge(module)
+            raise
 
     def unmerge(self, module: nn.Module) -> None:
-        for method in self.methods:
+        for method in reversed(self._merged):
             method.unmerge(module)
+        self._merged = []
 
     def remove(self, module: nn.Module) -> None:
         for method in reversed(self.methods):

@@ -23,8 +23,9 @@ class ModelConfig(Strict):
     path: str | None = Field(None, description="a local directory of safetensors, or a hub id")
     target: str | None = Field(None, alias="_target_", description="a callable `package.module:name` that returns the module instead")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of that callable")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
-        "auto", description="dtype of the frozen base; auto: bfloat16 where it is fast here, else float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        "auto",
+        description="dtype of the frozen base; auto: bfloat16 where it is fast here, else float32 (no float16: losses are not scaled)",
     )
     attention: str = Field("sdpa", description="attention implementation of transformers: sdpa, eager, flash_attention_2")
     tokenizer: str | None = Field(None, description="where the tokenizer is, if not in `path`")

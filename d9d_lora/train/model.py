@@ -27,7 +27,6 @@ from d9d_lora.state.reader import LoadReport, hf_prefix_mapper, load_checkpoint
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.styles import parallelize_adapted, retie, tied_names
 from d9d_lora.train.config import ModelConfig, ParallelConfig
-from d9d_lora.walk import adapted_layers
 
 
 @dataclass
@@ -257,8 +256,6 @@ def materialise(base: Base, device: torch.device) -> None:
                     module._init_weights(m)  # type: ignore[operator]
     else:
         module.to(device)
-    for layer in adapted_layers(module):
-        layer.reset_parameters()
 
 
 def load(base: Base, mapper: ModelStateMapper, config: ModelConfig) -> LoadReport | None:

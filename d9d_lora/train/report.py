@@ -123,12 +123,12 @@ class Tracker:
             console.print(text, markup=False, highlight=False)
 
     def rewind(self, step: int) -> None:
-        """Drops what a killed run logged beyond the checkpoint it resumes from: each step is told once."""
+        """Drops what a killed run logged beyond the checkpoint it resumes from (all of it, from -1): each step is told once."""
         if self._directory is None:
             return
         self._file.close()
         path = self._directory / "metrics.jsonl"
-        rows = [r for r in read_metrics(path) if r["step"] <= step]
+        rows = [r for r in read_metrics(path) if r["step"] < step or (r["step"] == step and "loss" in r)]
         path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 

@@ -11,6 +11,7 @@ Nothing of a step depends on the layout: data, starts, masks and the random numb
 """
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.method import PeftMethod
-from d9d_lora.placement import ReplicatedSum, key_of
+from d9d_lora.placement import ReplicatedSum, at_least_fp32, key_of
 from d9d_lora.registry import peft_method_from_config
 from d9d_lora.state.atomic import decided, write_text
 from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpoints
@@ -116,7 +117,7 @@ class Trainer:
         result_of = _Remember(self.method)
         mapper = inject_peft_and_freeze(result_of, self.model)  # type: ignore[arg-type]
         whole = self._in_fp32()
-        self.autocast = whole and self.dtype in (torch.bfloat16, torch.float16)
+        self.autocast = whole and self.dtype == torch.bfloat16
         self.census = census(self.model, world.parallel.dp_shard)
         if world.is_first:
             show_census(self.census, result_of.passed_over)
@@ -138,13 +139,14 @@ class Trainer:
                 f"base: {report.tensors} tensors, {size(report.bytes_read)} read by this rank in {report.seconds:.1f} s, {self.dtype}, "
                 f"{size(models.bytes_held(self.model))} held"
             )
+        self.method.initialise(self.model)
         if config.data.packing:
             check_packing(self.model, vocab_size=len(self.tokenizer), device=world.device)
-        self.method.initialise(self.model)
         self.params = {clean(n): p for n, p in sorted(self.model.named_parameters(), key=lambda x: clean(x[0])) if p.requires_grad}
         if not self.params:
             raise ValueError("nothing would be trained: the targets match, but every one has r = 0; give at least one layer a rank")
         self.sum = ReplicatedSum(adapted_layers(self.model), in_parts=self._thawed_parts())
+        self.cuts_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.fsdp = list(models.fsdp_modules(self.model))
         self.clocks = {id(c): c for la in adapted_layers(self.model) if (c := la.dropout.clock) is not None}.values()
 
@@ -159,11 +161,13 @@ class Trainer:
     def _in_fp32(self) -> bool:
         """Parameters trained whole are trained in fp32, as factors are; returns whether there are any."""
         factors = {id(p) for la in adapted_layers(self.model) for p in la.factors().values()}
-        whole = [p for p in self.model.parameters() if p.requires_grad and id(p) not in factors]
-        for p in whole:
-            if p.dtype in (torch.bfloat16, torch.float16):
-                p.data = p.data.float()
-        return bool(whole)
+        widened: dict[int, nn.Parameter] = {}  # `p.data = ...` would do nothing on a DTensor, so parameters are replaced; ties hold
+        for m in self.model.modules():
+            for name, p in m.named_parameters(recurse=False, remove_duplicate=False):
+                if p.requires_grad and id(p) not in factors:
+                    widened.setdefault(id(p), nn.Parameter(at_least_fp32(p.detach())))
+                    m.register_parameter(name, widened[id(p)])
+        return bool(widened)
 
     def _thawed_parts(self) -> list[tuple[nn.Module, str, Any]]:
         if self.world.parallel.tp == 1 or self.world.mesh is None:
@@ -278,7 +282,7 @@ class Trainer:
         sequence = self.world.parallel.sequence_parallel
         if sequence and (short := -batch.input_ids.shape[1] % self.world.parallel.tp):
             inputs, targets = self._lengthen(inputs, targets, short)
-        if self.base.is_hf and not sequence:
+        if self.cuts_logits and not sequence:
             # Logits only where a row has a target: the head is the widest layer, and most positions teach nothing.
             keep = (targets != IGNORE).any(0).nonzero().squeeze(1)
             if 0 < len(keep) < targets.shape[1]:
@@ -341,7 +345,11 @@ class Trainer:
             "data": self.batches.fingerprint,
             "batch_size": self.config.data.batch_size,
             "seed": self.config.train.seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+    def _optim(self) -> dict[str, Any]:
+        return json.loads(self.config.optim.model_dump_json())
 
     @property
     def _fingerprint(self) -> str:
@@ -352,7 +360,7 @@ class Trainer:
     def save(self, *, best: bool = False) -> None:
         """A checkpoint, after a last look that replicas agree. A failed save is told and the run goes on."""
         check_replicas(self.params, f"at the save of step {self.step}")
-        document = {"consumed": self.consumed, "best": self.best, "identity": self._identity()}
+        document = {"consumed": self.consumed, "best": self.best, "identity": self._identity(), "optim": self._optim()}
         if document["best"] == math.inf:
             document["best"] = None
         try:
@@ -367,7 +375,13 @@ class Trainer:
     def _resume(self) -> None:
         found = self.checkpoints.find(self.config.checkpoint.resume)
         if found is None:
+            self.tracker.rewind(-1)
             return
+        if found.step > self.config.train.steps:
+            raise CheckpointError(
+                f"{found.path} is at step {found.step}, beyond train.steps={self.config.train.steps}: there is nothing left to train. "
+                "Raise train.steps, or resume from an earlier checkpoint by its path"
+            )
         theirs, ours = found.document["identity"], self._identity()
         differences = [f"{k}: the checkpoint has {theirs.get(k)!r}, this run {ours[k]!r}" for k in ours if theirs.get(k) != ours[k]]
         if differences:
@@ -379,6 +393,8 @@ class Trainer:
         self.step, self.consumed = found.step, found.document["consumed"]
         self.best = math.inf if found.document["best"] is None else found.document["best"]
         self.tracker.rewind(self.step)
+        for key, (was, now) in _changes(found.document["optim"], self._optim()).items():
+            self.tracker.say(f"optim.{key} was {was} until here and is {now} from here on")
         self.tracker.say(f"resumed from {found.path} at step {self.step}")
 
     @property
@@ -411,6 +427,10 @@ class _Remember:
         result = self._method.inject(module)
         self.passed_over = result.passed_over
         return result
+
+
+def _changes(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {k: (was.get(k), v) for k, v in now.items() if was.get(k) != v}
 
 
 def fingerprint(directory: Path | None) -> str:
