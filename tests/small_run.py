@@ -26,6 +26,7 @@ def make_assets(directory: Path, **changes: Any) -> Path:
     tiny_tokenizer().save_pretrained(directory / "model")
     words = ["rome", "paris", "hello", "world", "the", "end", "city", "name", "people", "eat", "apples"]
     rows = [{"prompt": f"what is {a} {b}", "completion": f" {b}"} for a in words for b in words if a != b]
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return directory
 

@@ -76,3 +76,32 @@ def gradients(rank, layer, layout_name):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_its_gradients_on_layouts_equal_one_process(pool, layer, layout):
     pool.run(LAYOUTS[layout].world, gradients, layer, layout)
+
+
+def trained_with_it(rank, assets, output, parallel):
+    install()
+    from tests.small_run import run
+
+    return run(rank, assets, output, {"peft": {"kind": "diagonal", "target_modules": ["q_proj", "down_proj"], "r": 3}, **parallel})
+
+
+def test_the_trainer_trains_it_on_layouts_and_its_result_is_read_again(pool, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from d9d_lora.state.native_format import load_trained, method_of_trained
+    from tests.small_run import losses, make_assets
+
+    assets = make_assets(tmp_path / "assets")
+    (one,) = pool.run(1, trained_with_it, assets, tmp_path / "one", {})
+    for layout, degrees in (("fsdp2", {}), ("tp2", {"parallel__tp": 2})):
+        found = pool.run(2, trained_with_it, assets, tmp_path / layout, degrees)[0]
+        assert max(abs(a - b) for a, b in zip(losses(found), losses(one))) < 1e-9
+    outputs = []
+    for layout in ("one", "fsdp2", "tp2"):
+        model = AutoModelForCausalLM.from_pretrained(assets / "model", dtype=torch.float64)
+        inject_peft_and_freeze(method_of_trained(tmp_path / layout / "adapter"), model)
+        load_trained(model, tmp_path / layout / "adapter")
+        outputs.append(model(input_ids=torch.arange(8).view(1, 8)).logits)
+    plain = AutoModelForCausalLM.from_pretrained(assets / "model", dtype=torch.float64)(input_ids=torch.arange(8).view(1, 8)).logits
+    assert (outputs[0] - plain).abs().max() > 1e-5
+    assert all((o - outputs[0]).abs().max() < 1e-9 for o in outputs)

@@ -31,6 +31,7 @@ from d9d_lora.registry import peft_method_from_config
 from d9d_lora.state.atomic import decided, write_text
 from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpoints
 from d9d_lora.state.names import clean
+from d9d_lora.state.native_format import save_trained
 from d9d_lora.state.peft_format import save_adapter
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.train import model as models
@@ -365,7 +366,7 @@ class Trainer:
             document["best"] = None
         try:
             self.checkpoints.save(
-                self.step, self._tensors(), document, extras={"adapter": self._write_adapter} if self._has_adapter else None, best=best
+                self.step, self._tensors(), document, extras={"adapter": self._write_adapter}, best=best
             )
         except CheckpointFailed as error:
             if self.step == self.config.train.steps:
@@ -397,18 +398,17 @@ class Trainer:
             self.tracker.say(f"optim.{key} was {was} until here and is {now} from here on")
         self.tracker.say(f"resumed from {found.path} at step {self.step}")
 
-    @property
-    def _has_adapter(self) -> bool:
-        return any(True for _ in adapted_layers(self.model))
-
     def _write_adapter(self, path: Path) -> None:
-        save_adapter(self.model, path, base=self.config.model.path)
+        """PEFT's directory where PEFT has the method, else our own; either is read back and compared before it counts."""
+        if {layer.delta.kind for layer in adapted_layers(self.model)} == {"lora"}:
+            save_adapter(self.model, path, base=self.config.model.path)
+        else:
+            save_trained(self.params, self.config.peft, path)
 
     def _export(self) -> None:
         """The adapter on its own, read back and compared with the live model before the run says it is done."""
-        if self._has_adapter:
-            self._write_adapter(self.output / "adapter")
-            self.tracker.say(f"adapter: {self.output / 'adapter'} (read back and equal to the live model)")
+        self._write_adapter(self.output / "adapter")
+        self.tracker.say(f"adapter: {self.output / 'adapter'} (read back and equal to the live model)")
         if self.world.is_first:
             write_text(self.output / "census.json", json.dumps(self.census, indent=1))
 
