@@ -161,10 +161,13 @@ class Tracker:
                     self._board.add_scalar(key, value, row["step"])
 
     def close(self) -> None:
-        """Draws the curve and closes the files."""
+        """Draws the curve, in a line and as a picture, and closes the files."""
         if self._directory is None:
             return
         self._file.close()
+        curve = [r["loss"] for r in read_metrics(self._directory / "metrics.jsonl") if "loss" in r]
+        if curve:
+            self.say(f"loss  {curve[0]:.3f} {sparkline(_smooth(curve))} {_smooth(curve)[-1]:.3f}")
         if self._board is not None:
             self._board.close()
         if self._config.plot:
@@ -209,6 +212,14 @@ def draw_curve(metrics: Path, picture: Path) -> None:
         axes.set_yscale("log")
     axes.legend()
     figure.savefig(picture, dpi=120)
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+    """The shape of a positive curve in one line of text, on a logarithmic scale."""
+    picked = [values[i * (len(values) - 1) // max(1, min(width, len(values)) - 1)] for i in range(min(width, len(values)))]
+    logs = [math.log(max(v, 1e-12)) for v in picked]
+    low, spread = min(logs), (max(logs) - min(logs)) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (v - low) / spread))] for v in logs)
 
 
 def _smooth(values: list[float], keep: float = 0.7) -> list[float]:
