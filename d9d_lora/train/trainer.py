@@ -318,10 +318,12 @@ class Trainer:
         self.model.eval()
         device = self.world.device
         sums = torch.zeros(4, **_wide(device))
+        data = self.config.data
+        longest = max(len(e.input_ids) for e in self.held_out)
         for batch in sweep(
             self.held_out,
-            micro_batch_size=max(self.config.data.micro_batch_size, 8),
-            seq_len=self.config.data.seq_len,
+            micro_batch_size=max(1, data.micro_batch_size * data.seq_len // longest),  # the tokens that training has room for
+            seq_len=data.seq_len,
             pad_id=self.pad_id,
             dp_rank=self.world.dp_rank,
             dp_size=self.world.dp_size,
