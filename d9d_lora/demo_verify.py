@@ -26,6 +26,7 @@ from d9d_lora.demo import DemoError, _quiet
 from d9d_lora.generate import Chat, answer
 from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.state.peft_format import load_adapter_weights, method_of
+from d9d_lora.train.report import size
 
 TOLERANCE = 1e-4  # of the largest logit
 ROWS = 16  # held-out questions whose logits are compared, at every token
@@ -171,6 +172,7 @@ def measured(metrics: Path) -> list[tuple[str, str]]:
     """What the run itself logged: held-out figures before and after, and how fast it went."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     held_out = [r for r in rows if "eval_exact_match" in r]
+    memory = max((r["peak_memory_bytes"] for r in rows if "peak_memory_bytes" in r), default=0)
     steps = sorted(r["tokens_per_second"] for r in rows if "tokens_per_second" in r)
     told = []
     if held_out:
@@ -181,4 +183,6 @@ def measured(metrics: Path) -> list[tuple[str, str]]:
         ]
     if steps:
         told.append(("tokens a second, median step", f"{steps[len(steps) // 2]:,.0f}"))
+    if memory:
+        told.append(("peak memory of rank 0", size(memory)))
     return told

@@ -173,7 +173,7 @@ def by_name(patterns: dict[str, int] | dict[str, float], name: str, default):  #
 
 def hint(wanted: object, candidates: Iterable[str]) -> str:
     """The nearest names, by their ends and in full."""
-    names = list(candidates)
+    names = [name for name in candidates if name]
     if not names:
         return "; the model has no such layer at all"
     texts = [str(w) for w in wanted] if isinstance(wanted, list) else [str(wanted)]

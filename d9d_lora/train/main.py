@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,8 @@ def main(composed: DictConfig) -> None:
     """Composes, validates, trains. A fault of the user's ends with one sentence, not a traceback."""
     try:
         run(composed)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)  # all is saved: a signal while Python exits must not make it a failed run
     except KNOWN as error:
         if os.environ.get("D9D_LORA_TRACEBACK"):
             raise
@@ -85,7 +88,7 @@ def claim_directory(config: RunConfig, world: World) -> None:
 
 def tell(config: RunConfig, summary: dict[str, object]) -> None:
     before, after = summary["before"], summary["after"]
-    if isinstance(after, dict) and isinstance(before, dict) and before and after:
+    if summary["steps"] and isinstance(after, dict) and isinstance(before, dict) and before and after:
         console.print(
             f"held out: loss {before['loss']:.4f} -> {after['loss']:.4f}, exact match {100 * before['exact_match']:.1f} % -> "
             f"{100 * after['exact_match']:.1f} %"

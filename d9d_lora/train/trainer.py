@@ -275,6 +275,7 @@ class Trainer:
             "target_tokens": targets,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
+            "peak_memory_bytes": max_memory(device),
         }
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
