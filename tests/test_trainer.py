@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from d9d_lora.placement import local_of
 from d9d_lora.train import checks, trainer
 from tests.small_run import config_of, losses, make_assets, run
 
@@ -287,3 +288,22 @@ def test_rank_zero_everywhere_is_told(pool, assets, tmp_path):
     peft = {"kind": "lora", "target_modules": "all-linear", "params": {"r": 0}}
     with pytest.raises(AssertionError, match="nothing would be trained"):
         pool.run(1, run, assets, tmp_path, {"peft": peft})
+
+
+def clip_by_the_local_norm(rank, assets, output, overrides):
+    def clip(params, most):
+        grads = [local_of(p.grad) for p in params]
+        norm = float(torch.stack([g.norm() for g in grads]).norm())
+        torch._foreach_mul_(grads, min(1.0, most / norm))
+        return norm
+
+    return run_with(trainer, "clip_", clip, rank, assets, output, overrides)
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2", "fsdp2_tp2"])
+def test_mutation_the_norm_of_the_local_shard(pool, assets, one, tmp_path, layout):
+    world, degrees = LAYOUTS[layout]
+    summary = pool.run(world, clip_by_the_local_norm, assets, tmp_path, {**degrees, "train__steps": 2, "train__check_every": 100})[0]
+    norms = [[m["gradient_norm"] for m in s["metrics"] if "loss" in m][:2] for s in (summary, one[1])]
+    with pytest.raises(AssertionError):
+        close(*norms)
