@@ -45,7 +45,7 @@ from d9d_lora.state.peft_config import (
     dump,
 )
 from d9d_lora.state.peft_read import method_of, parts_of, read_adapter_config
-from d9d_lora.state.reader import LoadReport, _assemble, load_checkpoint, local_runs, named_state
+from d9d_lora.state.reader import LoadReport, assemble, load_checkpoint, local_runs, named_state
 from d9d_lora.state.safetensors_dir import CheckpointFiles, open_checkpoint
 from d9d_lora.state.safetensors_write import Promise, library_order, write_safetensors
 from d9d_lora.walk import names_of_modules, reshard
@@ -318,6 +318,6 @@ def _same_base(files: CheckpointFiles, key: str, layer: AdaptedLayer) -> None:
     mend = "Load the base the adapter was trained on (with the same vocabulary), then the adapter."
     if files.shape(key) != tuple(weight.shape):
         raise AdapterError(f"{key!r} is {files.shape(key)}, the base weight of {layer.name} {tuple(weight.shape)}. {mend}")
-    part = _assemble(lambda box: files.read(key, box), local_runs(weight))
+    part = assemble(lambda box: files.read(key, box), local_runs(weight))
     if not torch.equal(part.to(weight.dtype), local_of(weight).cpu()):
         raise AdapterError(f"{key!r} is not the base weight that {layer.name} has here. {mend}")

@@ -138,11 +138,11 @@ class _Step:
                 part = files.read(route.name, route.back(box))
                 return part.t() if route.transposed else part
 
-            yield name, _assemble(piece, self.runs[name])
+            yield name, assemble(piece, self.runs[name])
         if rest := sorted(self.runs.keys() - self.routes.keys()):
             made = self.mapper.apply({name: files.read(name) for name in sorted(self.group.inputs)})
             for name in rest:
-                yield name, _assemble(made[name].__getitem__, self.runs[name])
+                yield name, assemble(made[name].__getitem__, self.runs[name])
 
 
 class _Plan:
@@ -303,11 +303,11 @@ def _to_runs(index: Tensor) -> list[slice]:
     return [slice(int(part[0]), int(part[-1]) + 1) for part in index.tensor_split(breaks.tolist())]
 
 
-def _assemble(piece: Callable[[tuple[slice, ...]], Tensor], runs: Runs) -> Tensor:
+def assemble(piece: Callable[[tuple[slice, ...]], Tensor], runs: Runs) -> Tensor:
     """The local part from its pieces; mostly there is one."""
     for dim, stretches in enumerate(runs):
         if len(stretches) > 1:
-            return torch.cat([_assemble(piece, [*runs[:dim], [run], *runs[dim + 1 :]]) for run in stretches], dim)
+            return torch.cat([assemble(piece, [*runs[:dim], [run], *runs[dim + 1 :]]) for run in stretches], dim)
     return piece(tuple(run for (run,) in runs))
 
 
