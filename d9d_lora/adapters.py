@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedLayer, AdaptedLinear, kind_of
+from d9d_lora.layers.base import Factor
 from d9d_lora.method import InjectionError, PeftInjectionResult, PeftMethod
-from d9d_lora.methods.delta import Delta
+from d9d_lora.methods.delta import Delta, DoesNotFit
 from d9d_lora.placement import local_of
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperRename
 from d9d_lora.state.names import renames
@@ -73,6 +74,10 @@ class AdapterMethod(PeftMethod[TAdapter]):
     def from_config(cls, config: TAdapter) -> Self:
         return cls(config)
 
+    def shared_factors(self, layers: list[AdaptedLayer]) -> dict[str, Factor]:
+        """The factors that all `layers` share (a vector bank), by the names of `Delta.shared`; the model's root will own them."""
+        return {}
+
     @abstractmethod
     def delta_for(self, name: str) -> Delta | None:
         """The delta for a target of this name; None leaves the layer alone (loralib's r = 0)."""
@@ -88,8 +93,14 @@ class AdapterMethod(PeftMethod[TAdapter]):
         sites, passed_over = self.sites(module)
         saved = self._modules_to_save(module)
         clock = clock_of(module) or Clock(self.config.seed, tensor_parallel_mesh(module))
-        layers = [self.wrap(site, clock) for site in sites]  # everything that can fail has failed before the model is touched
+        try:
+            layers = [self.wrap(site, clock) for site in sites]  # everything that can fail has failed before the model is touched
+        except DoesNotFit as error:
+            raise InjectionError(str(error)) from error
         biases = self._biases(module, sites)
+        shared = self.shared_factors(layers)
+        if taken := [name for name in shared if hasattr(module, name)]:
+            raise InjectionError(f"the model has {taken} already; two methods of the kind {self.kind!r} cannot share one model")
 
         train: list[nn.Parameter] = []
         mappers: list[ModelStateMapper] = []
@@ -101,8 +112,10 @@ class AdapterMethod(PeftMethod[TAdapter]):
                     layer.register_forward_pre_hook(_called)
                 mappers += [ModelStateMapperRename(old, new) for old, new in renames(name, site.base)]
             train += layer.factors().values()
+        self._share(module, shared, layers)
         if any(layer.dropout.p > 0 for layer in layers):
             clock.attach(module)
+        train += [factor.weight for factor in shared.values() if isinstance(factor.weight, nn.Parameter)]
         train += [p for p in [*biases, *saved] if not any(p is q for q in train)]
         return PeftInjectionResult(train, mappers, passed_over)
 
@@ -144,6 +157,13 @@ class AdapterMethod(PeftMethod[TAdapter]):
                 sites.append(Site(all_names, base, kind, delta))
         config.check_all_used(matched, candidates, [n for ns, _ in names for n in ns])
         return sites, passed_over + left_alone
+
+    def _share(self, module: nn.Module, shared: dict[str, Factor], layers: Iterable[AdaptedLayer]) -> None:
+        """Registers shared factors at the root, which owns and shards them; layers only refer to them."""
+        for name, factor in shared.items():
+            module.add_module(name, factor)
+        for layer in layers:
+            layer.shared = shared
 
     def _modules_to_save(self, module: nn.Module) -> list[nn.Parameter]:
         """Parameters of modules trained whole. Sharing a weight with a module that is not named would train that one too."""
@@ -206,6 +226,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
             for name in names:
                 module.set_submodule(name, base)
             merged.append(Merged(names, layer, original))
+        self._unshare(module, layers)
         self._merged[module] = merged
         rest(module, merged[0].layer)
 
@@ -225,6 +246,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
             m.layer.take_over()
             for name in m.names:
                 module.set_submodule(name, m.layer)
+            self._share(module, m.layer.shared, [])
             if m.layer.dropout.clock is not None and m.layer.dropout.p > 0:
                 m.layer.dropout.clock.attach(module)
 
@@ -234,13 +256,33 @@ class AdapterMethod(PeftMethod[TAdapter]):
             base = layer.give_back()
             for name in names:
                 module.set_submodule(name, base)
+        self._unshare(module, layers)
         if layers:
             rest(module, layers[0][1])
 
-    def initialise(self, module: nn.Module, batches: Iterable[Any] = ()) -> None:
+    def _unshare(self, module: nn.Module, layers: list[tuple[list[str], AdaptedLayer]]) -> None:
+        for name in layers[0][1].shared if layers else ():
+            delattr(module, name)
+
+    # -- starts and state --------------------------------------------------------------------------------------------------------
+
+    def initialise(self, module: nn.Module, batches: Iterable[Any] = (), *, resume: bool = False) -> None:
         """Starts every factor, where a meta build left none. The values are those of an injection into a model with weights."""
         for _, layer in self.layers(module):
             layer.reset_parameters()
+            if layer.delta.moves_base:
+                if resume:
+                    layer.origin = layer.blank_origin()
+                else:
+                    layer.move_base()
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        return {f"{layer.name}.{name}.origin": t for _, layer in self.layers(module) for name, t in layer.origin.items()}
+
+    def restore(self, module: nn.Module) -> None:
+        for _, layer in self.layers(module):
+            if layer.delta.moves_base:
+                layer.move_base(layer.origin)
 
 
 def _called(module: nn.Module, args: object) -> None:

@@ -6,7 +6,7 @@
     from_config(config)
 
 The first two and `from_config` are d9d's contract, so an object of ours works in d9d's injector and loader. What ours adds
-is optional for a method: `initialise`, `after_step`, `extra_loss`, `unmerge`, `remove`.
+is optional for a method: `initialise`, `state`, `restore`, `add_extra_loss`, `after_step`, `unmerge`, `remove`.
 """
 
 from abc import ABC, abstractmethod
@@ -65,12 +65,27 @@ class PeftMethod(ABC, Generic[TConfig]):
     def remove(self, module: nn.Module) -> None:
         """Takes out what `inject` added, and changes no weight."""
 
-    def initialise(self, module: nn.Module, batches: Iterable[Any] = ()) -> None:
-        """Called once the real weights are there: starts that need them, or data."""
+    def initialise(self, module: nn.Module, batches: Iterable[Any] = (), *, resume: bool = False) -> None:
+        """Called once the real weights are there: starts that need them, or data.
+
+        Args:
+            resume: Starts come from a checkpoint: only make room for `state`, which the caller fills before it calls `restore`.
+        """
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside the trained parameters: live tensors by name, to be saved and loaded in place."""
+        return {}
+
+    def restore(self, module: nn.Module) -> None:
+        """Called after the trained parameters and `state` have been loaded from a checkpoint."""
+
+    def add_extra_loss(self, module: nn.Module) -> Tensor | None:
+        """Adds the gradient of a loss term of the method's own to the finished gradients, and returns the term, or None.
+
+        Called once a step, after all reductions and before the clip: on parameters as they are sharded, with no one left to sum,
+        so a term counts once on every layout.
+        """
+        return None
 
     def after_step(self, module: nn.Module, step: int) -> None:
-        """Called after each optimiser step."""
-
-    def extra_loss(self, module: nn.Module) -> Tensor | None:
-        """A term for the loss, or None."""
-        return None
+        """Called after optimiser step number `step` (from 1), while the gradients are still there."""

@@ -27,6 +27,7 @@ generator seeded from (seed, full name), and each rank keeps its part (`fill_`).
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +121,14 @@ class Placing:
         part = parts and not (self.letter and self.letter in axes)
         return p.to_local(grad_placements=[Partial()] if part else p.placements)
 
+    def total(self, t: Tensor) -> Tensor:
+        """Adds a tensor over the ranks that hold the other columns of the same rows; no gradient passes."""
+        if self.mesh is None or self.letter != "I":
+            return t
+        t = t.contiguous()
+        dist.all_reduce(t, group=self.mesh.get_group())
+        return t
+
     def is_first(self) -> bool:
         """Whether this rank adds what must be added once to a Partial sum, such as the bias of a row-parallel layer."""
         return self.mesh is None or self.letter != "I" or self.mesh.get_local_rank() == 0
@@ -138,6 +147,25 @@ def box_of(p: Tensor) -> tuple[slice, ...]:
     if tuple(shape) != tuple(held):
         raise RuntimeError(f"this rank holds {tuple(held)} of {tuple(p.shape)}, but {p.placements} says {tuple(shape)}")
     return tuple(slice(o, o + n) for o, n in zip(offset, shape))
+
+
+def place_like(weight: Tensor, weight_axes: str, shape: torch.Size, axes: str, dtype: torch.dtype) -> Tensor:
+    """An empty tensor with dimensions `axes`, sharded as the weight is along the letters they share, whole along the others."""
+    if not isinstance(weight, DTensor):
+        return torch.empty(shape, dtype=dtype, device=weight.device)
+    placements: list[Placement] = []
+    for p in weight.placements:
+        letter = None if p.is_replicate() else weight_axes[p.dim]  # type: ignore[attr-defined]
+        if letter is None or letter not in axes:
+            placements.append(Replicate())
+        else:
+            placed = copy(p)  # a _StridedShard stays one
+            object.__setattr__(placed, "dim", axes.index(letter))
+            placements.append(placed)
+    empty = torch.empty(shape, dtype=dtype, device="meta")
+    local, _ = compute_local_shape_and_global_offset(shape, weight.device_mesh, placements)
+    part = torch.empty(local, dtype=dtype, device=weight.to_local().device)
+    return DTensor.from_local(part, weight.device_mesh, placements, run_check=False, shape=shape, stride=empty.stride())
 
 
 def local_of(p: Tensor) -> Tensor:
@@ -206,9 +234,12 @@ class ReplicatedSum:
             layer.sums_own_parts = False  # [Note: who sums the replicated factor's gradient]
 
     def _parameters(self) -> Iterator[tuple[nn.Parameter, DeviceMesh]]:
+        seen: set[int] = set()  # a shared factor is met in many layers, and travels once
         for layer in self._layers:  # looked up anew each time: fully_shard replaces parameters
             for p in layer.parameters_in_parts():
-                yield p, layer.placing.mesh
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    yield p, layer.placing.mesh
         for owner, name, mesh in self._others:
             yield owner.get_parameter(name), mesh
 

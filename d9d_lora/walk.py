@@ -32,6 +32,15 @@ def adapted_layers(module: nn.Module) -> Iterator[AdaptedLayer]:
     return (m for m in module.modules() if isinstance(m, AdaptedLayer))
 
 
+def adapter_tensors(module: nn.Module) -> set[str]:
+    """The names of every tensor that adapters have added to a model: what no base checkpoint holds."""
+    added: dict[int, None] = {}
+    for layer in adapted_layers(module):
+        for m in [child for name, child in layer.named_children() if name != "base"] + list(layer.shared.values()):
+            added |= dict.fromkeys(id(t) for t in m.state_dict(keep_vars=True).values())
+    return {name for name, t in module.state_dict(keep_vars=True).items() if id(t) in added}
+
+
 def output_head(module: nn.Module) -> nn.Module | None:
     """The layer "all-linear" leaves out: what the model says its output embedding is, else a child named `lm_head`."""
     ask = getattr(module, "get_output_embeddings", None)

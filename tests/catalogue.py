@@ -1,7 +1,7 @@
 """The catalogue the laws run over: METHODS x LAYERS x LAYOUTS. A new method, layer or layout is a row here, not a test file."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,16 +17,42 @@ from d9d_lora.train.model import sum_gradients
 
 # -- methods ------------------------------------------------------------------------------------------------------------------
 
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"kind": "lora", "params": {"r": 3, "alpha": 6}},
-    "rslora": {"kind": "lora", "params": {"r": 3, "alpha": 6, "scaling": "rslora"}},
-    "patterns": {
-        "kind": "lora",
-        "params": {"r": 3, "alpha": 6},
-        "rank_pattern": {"down": 5},
-        "alpha_pattern": {"up": 1},
-        "bias": "lora_only",
-    },
+
+
+@dataclass
+class Method:
+    """A row: a config without its targets, and what the laws must know of it.
+
+    Attributes:
+        first: The factors that have a gradient after the first backward (the others wait for these to leave zero).
+        first_lookup: The same on an embedding.
+        exact: The start leaves the output as it was to the bit, and not only to rounding.
+        refuses: layer -> words of the sentence with which that layer is refused.
+        steps: Optimiser steps that are compared with one process.
+    """
+
+    config: dict[str, Any]
+    first: set[str]
+    first_lookup: set[str] | None = None
+    exact: bool = True
+    refuses: dict[str, str] = field(default_factory=dict)
+    steps: int = 2
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method({"kind": "lora", "params": {"r": 3, "alpha": 6}}, {"lora_B"}, {"lora_A"}, steps=5),
+    "rslora": Method({"kind": "lora", "params": {"r": 3, "alpha": 6, "scaling": "rslora"}}, {"lora_B"}, {"lora_A"}),
+    "patterns": Method(
+        {
+            "kind": "lora",
+            "params": {"r": 3, "alpha": 6},
+            "rank_pattern": {"down": 5},
+            "alpha_pattern": {"up": 1},
+            "bias": "lora_only",
+        },
+        {"lora_B"},
+        {"lora_A"},
+    ),
 }
 
 # -- layers: a small model that holds the layer column-parallel and row-parallel ------------------------------------------------
@@ -64,8 +90,15 @@ class Toy(nn.Module):
 
 @dataclass
 class Layer:
+    """A row: the layers called `up` and `down` of a block, and what is adapted of the model.
+
+    Attributes:
+        planned: `up` and `down` are in the tensor-parallel plan; others stay whole on every tensor-parallel rank.
+    """
+
     linear: Callable[[int, int], nn.Module]
     targets: list[str]
+    planned: bool = True
 
 
 LAYERS = {
@@ -110,13 +143,15 @@ def mesh_of(layout: Layout) -> DeviceMesh:
     )
 
 
-def plan_of(model: Toy, sequence: bool) -> dict[str, Any]:
+def plan_of(model: Toy, sequence: bool, *, planned: bool = True) -> dict[str, Any]:
     """The usual plan. In sequence-parallel regions tokens are sharded between blocks."""
     between = Shard(1) if sequence else Replicate()
     plan: dict[str, Any] = {"embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=between)}
     for i in range(len(model.blocks)):
         if sequence:
             plan[f"blocks.{i}.norm"] = SequenceParallel(use_local_output=True)
+        if not planned:
+            continue
         plan[f"blocks.{i}.up"] = ColwiseParallel(input_layouts=between)
         plan[f"blocks.{i}.down"] = RowwiseParallel(output_layouts=between)
     return plan
@@ -156,7 +191,7 @@ def batch(step: int, rows: int = 8, length: int = 4) -> tuple[Tensor, Tensor]:
 
 
 def peft_config(method: str, layer: str, **changes: Any) -> dict[str, Any]:
-    config = {**METHODS[method], "target_modules": LAYERS[layer].targets, **changes}
-    if layer == "embedding":
+    config = {**METHODS[method].config, "target_modules": LAYERS[layer].targets, **changes}
+    if "rank_pattern" in config and "down" not in LAYERS[layer].targets:
         config = {**config, "rank_pattern": {}, "alpha_pattern": {}}
     return config

@@ -1,4 +1,4 @@
-"""y = E[ids] + s (A^T)[ids] B^T, with E[V,D] a transposed matrix: I is the vocabulary V, O is the width D.
+"""y = E[ids] + dE[ids], with E[V,D] a transposed matrix: I is the vocabulary V, O is the width D, and dE[ids] = s (A^T)[ids] B^T.
 
 Here A starts at zero and B from a normal distribution (loralib, PEFT): looking up a row of a Kaiming A would give values of
 size 1/sqrt(V), which learn far too slowly.
@@ -6,9 +6,10 @@ size 1/sqrt(V), which learn far too slowly.
 
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from d9d_lora.layers.base import AdaptedLayer
+from d9d_lora.methods.delta import Parts
 
 
 class AdaptedEmbedding(AdaptedLayer):
@@ -32,37 +33,35 @@ class AdaptedEmbedding(AdaptedLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., D]."""
-        if self.placing.mesh is None:
-            return self.base(ids) + self.low_rank(ids, parts=False)
+        self.refuse_unstarted()
+        if self.placing.mesh is None and not self.delta.has_gain:
+            return self.base(ids) + self.update(ids, self.parts(self.base.weight.dtype, parts=False))  # type: ignore[arg-type,union-attr]
         h, parts = self.placing.enter(ids, None if self.placing.letter is None else Replicate(), self.name)
         if self.placing.letter is None:
             self.saw_part_of_tokens = parts
-        if self.placing.letter == "I":
-            y = self.rows_here(h, parts=parts)
-        else:
-            y = self.local_base(h) + self.low_rank(h, parts=parts)
+        f = self.parts(self.base.weight.dtype, parts=parts)  # type: ignore[arg-type,union-attr]
+        y = self.rows_here(h, f) if self.placing.letter == "I" else self.adapted(h, f)
         return self.placing.leave(y, ids, self.out_size)
 
-    def low_rank(self, ids: Tensor, *, parts: bool) -> Tensor:
-        """s (A^T)[ids] B^T for ids that count from this rank's first row."""
-        B, A = self.local_factors(self.base.weight.dtype, parts=parts)  # type: ignore[arg-type,union-attr]
-        z = embedding(ids, A.T, self.padding_here())
-        return linear(z * (self.delta.scaling * self.scale_of_rows()), B)
+    def adapted(self, ids: Tensor, f: Parts) -> Tensor:
+        """Rows of E + dE for ids that count from this rank's first row."""
+        y = embedding(ids, self.weight_here().T, self.padding_here())
+        y = (y if self.scale_of_rows() == 1 else y * y.new_tensor(self.scale_of_rows())) + self.update(ids, f)
+        gain = self.gain(f)
+        return y if gain is None else y * gain
 
-    def rows_here(self, ids: Tensor, *, parts: bool) -> Tensor:
+    def update(self, ids: Tensor, f: Parts) -> Tensor:
+        y = self.delta.look_up(ids, f, padding=self.padding_here())
+        return y if self.scale_of_rows() == 1 else y * self.scale_of_rows()
+
+    def rows_here(self, ids: Tensor, f: Parts) -> Tensor:
         """Vocabulary-parallel: rows of other ranks count as zero, so the output is a Partial sum of one whole and zeros."""
         start, length = self.placing.span(self.in_size, "I")
         if length == 0:
             raise ValueError(f"{self.name}: {self.in_size} rows on {self.placing} ranks leave a rank without any")
         elsewhere = (ids < start) | (ids >= start + length)
         here = (ids - start).masked_fill(elsewhere, 0)
-        y = self.local_base(here) + self.low_rank(here, parts=parts)
-        return y.masked_fill(elsewhere.unsqueeze(-1), 0)
-
-    def local_base(self, ids: Tensor) -> Tensor:
-        weight = self.placing.local(self.base.weight, self.weight_axes, parts=False)  # type: ignore[arg-type]
-        y = embedding(ids, weight)
-        return y if self.scale_of_rows() == 1 else y * y.new_tensor(self.scale_of_rows())
+        return self.adapted(here, f).masked_fill(elsewhere.unsqueeze(-1), 0)
 
     def padding_here(self) -> int | None:
         """The padding row, which has no gradient, as a local number; None where it is not on this rank."""

@@ -1,4 +1,4 @@
-"""y = x W^T + b + s drop(x) A^T B^T, with W[O,I] (`nn.Linear`) or stored transposed, [I,O] (GPT-2's `Conv1D`)."""
+"""y = x W^T + b + drop(x) dW^T, with W[O,I] (`nn.Linear`) or stored transposed, [I,O] (GPT-2's `Conv1D`)."""
 
 import sys
 
@@ -8,6 +8,7 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.nn.functional import linear
 
 from d9d_lora.layers.base import AdaptedLayer
+from d9d_lora.methods.delta import Parts
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -31,30 +32,34 @@ class AdaptedLinear(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]. Under tensor parallelism x and y are DTensors in the states of the base."""
-        if self.placing.mesh is None:
-            return self.base(x) + self.low_rank(x, parts=False)
+        self.refuse_unstarted()
+        if self.placing.mesh is None and not self.delta.has_gain:
+            return self.base(x) + self.update(x, self.parts(x.dtype, parts=False))
         wanted: Placement | None = {"O": Replicate(), "I": Shard(x.ndim - 1), None: None}[self.placing.letter]
         h, parts = self.placing.enter(x, wanted, self.name)
         if self.placing.letter is None:
             self.saw_part_of_tokens = parts
-        y = self.local_base(h, parts=parts) + self.low_rank(h, parts=parts)
+        f = self.parts(h.dtype, parts=parts)
+        bias = self.bias_here(parts=parts)
+        gain = self.gain(f)
+        if gain is None:
+            y = linear(h, self.weight_here(), bias) + self.update(h, f)
+        else:
+            y = (linear(h, self.weight_here()) + self.update(h, f)) * gain
+            y = y if bias is None else y + bias
         return self.placing.leave(y, x, self.out_size)
 
-    def low_rank(self, x: Tensor, *, parts: bool) -> Tensor:
-        """s drop(x) A^T B^T on this rank's part, in the dtype of x; the scale is put on the thin product."""
-        B, A = self.local_factors(x.dtype, parts=parts)
-        z = linear(self.dropout(x), A)
-        return linear(z * self.delta.scaling, B)
+    def update(self, x: Tensor, f: Parts) -> Tensor:
+        """drop(x) dW^T on this rank's part, in the dtype of x."""
+        return self.delta.apply(self.dropout(x), f)
 
-    def local_base(self, x: Tensor, *, parts: bool) -> Tensor:
-        """The base on this rank's part. A row-parallel bias enters the Partial sum once, on the first rank."""
-        weight = self.placing.local(self.base.weight, self.weight_axes, parts=False)  # type: ignore[arg-type]
+    def bias_here(self, *, parts: bool) -> Tensor | None:
+        """This rank's part of the base's bias. A row-parallel one enters the Partial sum once, on the first rank."""
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-        if bias is not None:
-            bias = self.placing.local(bias, "O", parts=parts and self.sums_own_parts)
-            if not self.placing.is_first():
-                bias = bias * 0  # kept in the graph: every rank's bias has a gradient, and their sum is right
-        return linear(x, self.matrix(weight), bias)
+        if bias is None:
+            return None
+        bias = self.placing.local(bias, "O", parts=parts and self.sums_own_parts)
+        return bias if self.placing.is_first() else bias * 0  # kept in the graph: every rank's bias has a gradient, and their sum is right
 
 
 class AdaptedConv1D(AdaptedLinear):

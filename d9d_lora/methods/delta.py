@@ -2,16 +2,66 @@
 
 The layer it is applied to holds the factors, hands in the local part of each, and applies what comes back. So a method is one
 file, a layer kind is one file, and every pair of them works.
+
+Most updates are a product, dW = s B A, and say so by `factors`. One that is not says `dense`, and `apply` where that is cheaper than
+building dW. What multiplies the rows of W + dW (DoRA's magnitude) is `gain`.
+
+[Note: parts]
+A factor is sharded with the base weight along the letters they share, and is whole along all others. `Parts` holds, for a box
+[rows, cols] of dW, each factor restricted to that box along its letters O and I. A factor without these letters is whole there,
+and the delta takes what it needs of it by `rows` and `cols`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, linear
+
+if TYPE_CHECKING:
+    from d9d_lora.dropout import AdapterDropout
+    from d9d_lora.thin import Thin
 
 Draw = Callable[[Tensor, torch.Generator], Any]
+
+
+class DoesNotFit(ValueError):
+    """A delta that a weight of this geometry cannot take: a sentence that says why, and the mend."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A base weight, seen as a matrix [O, I].
+
+    Attributes:
+        out: O.
+        into: I; of a convolution, the input channels of one group times the taps.
+        taps: The kernel size of a convolution.
+        groups: Of a convolution.
+        lookup: The input is an index into I: an embedding.
+    """
+
+    out: int
+    into: int
+    taps: tuple[int, ...] = ()
+    groups: int = 1
+    lookup: bool = False
+
+
+class Parts(dict[str, Tensor]):
+    """[Note: parts] The factors by name, for the box [rows, cols] of dW.
+
+    Attributes:
+        rows, cols: The box, in numbers of the whole matrix.
+        dropout: The layer's dropout, in training; a delta that drops parts of itself draws from it. None elsewhere.
+    """
+
+    def __init__(self, factors: Mapping[str, Tensor], rows: slice, cols: slice, dropout: "AdapterDropout | None" = None) -> None:
+        super().__init__(factors)
+        self.rows, self.cols, self.dropout = rows, cols, dropout
 
 
 class Delta(ABC):
@@ -20,28 +70,75 @@ class Delta(ABC):
     kind: str
     scaling: float
     dropout: float
+    shared: ClassVar[Mapping[str, str]] = {}
+    """Factors that all layers of the method share (a vector bank, random bases), with the letters of their dimensions."""
+    has_gain: bool = False
+    from_the_weight: bool = False
+    """Whether some factor starts from the base weight: see `start_from`."""
+    moves_base: bool = False
+    """Whether the start is subtracted from the base weight, so that the model is unchanged (PiSSA and its kin)."""
 
     @property
     @abstractmethod
-    def axes(self) -> dict[str, str]:
+    def axes(self) -> Mapping[str, str]:
         """The factors by name, with the letters of their dimensions: `{"lora_A": "RI", "lora_B": "OR"}`."""
+
+    def fit(self, geometry: Geometry) -> Self:
+        """This delta for a weight of this geometry. Raises `DoesNotFit`."""
+        return self
 
     @abstractmethod
     def sizes(self, out: int, into: int) -> dict[str, int]:
-        """The size of every letter for a weight [out, into]."""
+        """The size of every letter for a weight [out, into], shared factors' letters included."""
 
     @abstractmethod
     def start(self, factor: str, *, lookup: bool) -> Draw | None:
         """How a factor begins: fills the whole tensor from a generator, or None for zero. `lookup`: the input is an index."""
 
-    @abstractmethod
-    def factors(self, f: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(B[O,R], A[R,I]) with dW = scaling * B A, for any consistent parts of the factors `f`."""
+    def start_from(self, weight: "Thin", f: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole starting values of factors that follow from the base weight; `f` are the whole factors as `start` left them."""
+        return {}
 
-    def update(self, f: Mapping[str, Tensor], rows: slice, cols: slice) -> Tensor:
-        """The box [rows, cols] of dW from whole factors, in their dtype."""
+    # -- the update ----------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
+        """(B[O,R], A[R,I]) of the box, with dW = scaling * B A. A delta that is no product raises NotImplementedError and has
+        `dense`, `apply` and `look_up` of its own."""
+
+    def dense(self, f: Parts) -> Tensor:
+        """dW of the box [O,I]."""
         B, A = self.factors(f)
-        return self.scaling * (B[rows] @ A[:, cols])
+        return self.scaling * (B @ A)
+
+    def apply(self, x: Tensor, f: Parts) -> Tensor:
+        """x dW^T for the columns of the box: x [..., I] -> [..., O]. The scale is put on the thin product."""
+        B, A = self.factors(f)
+        return linear(linear(x, A) * self.scaling, B)
+
+    def look_up(self, ids: Tensor, f: Parts, *, padding: int | None = None) -> Tensor:
+        """The columns of dW that ids name, counted from the box's first: ids [...] -> [..., O]."""
+        B, A = self.factors(f)
+        return linear(embedding(ids, A.T, padding) * self.scaling, B)
+
+    def update(self, whole: Mapping[str, Tensor], rows: slice, cols: slice) -> Tensor:
+        """The box [rows, cols] of dW from whole factors, in their dtype; noise is off."""
+        return self.dense(self.part(whole, rows, cols))
+
+    def part(self, whole: Mapping[str, Tensor], rows: slice, cols: slice) -> Parts:
+        """[Note: parts] of whole factors."""
+        box = {"O": rows, "I": cols}
+        letters = {**self.axes, **self.shared}
+        return Parts({n: t[tuple(box.get(a, slice(None)) for a in letters[n])] for n, t in whole.items()}, rows, cols)
+
+    def gain(self, weight: Tensor, f: Parts, total: Callable[[Tensor], Tensor]) -> Tensor:
+        """g[O] that multiplies (W + dW) x, if `has_gain`. `weight` is the box of W; `total` adds a tensor over the ranks that hold the
+        other columns of these rows."""
+        raise NotImplementedError
+
+    def gain_whole(self, weight: "Thin", f: Mapping[str, Tensor]) -> Tensor:
+        """The same for all rows, from whole factors: what a merge multiplies by."""
+        raise NotImplementedError
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """The global shape of every factor for a weight [out, into]."""

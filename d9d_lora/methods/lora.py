@@ -7,7 +7,6 @@ Hu et al. 2021, arXiv:2106.09685; rank stabilisation: Kalajdzievski 2023, arXiv:
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from d9d_lora.adapters import AdapterConfig, AdapterMethod, Site
 from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedLayer, AdaptedLinear
-from d9d_lora.methods.delta import Delta, Draw
+from d9d_lora.methods.delta import Delta, Draw, Parts
 
 
 class LoRAParameters(BaseModel):
@@ -63,7 +62,7 @@ class LoRADelta(Delta):
             return None
         return lambda w, g: w.uniform_(-1 / math.sqrt(w.shape[1]), 1 / math.sqrt(w.shape[1]), generator=g)
 
-    def factors(self, f: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
         return f["lora_B"], f["lora_A"]
 
     def __str__(self) -> str:

@@ -80,14 +80,21 @@ class PeftStack(PeftMethod[PeftStackConfig]):
         for method in reversed(self.methods):
             method.remove(module)
 
-    def initialise(self, module: nn.Module, batches: Iterable[Any] = ()) -> None:
+    def initialise(self, module: nn.Module, batches: Iterable[Any] = (), *, resume: bool = False) -> None:
         for method in self.methods:
-            method.initialise(module, batches)
+            method.initialise(module, batches, resume=resume)
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        return {f"{i}.{name}": t for i, method in enumerate(self.methods) for name, t in method.state(module).items()}
+
+    def restore(self, module: nn.Module) -> None:
+        for method in self.methods:
+            method.restore(module)
+
+    def add_extra_loss(self, module: nn.Module) -> Tensor | None:
+        terms = [t for t in (m.add_extra_loss(module) for m in self.methods) if t is not None]
+        return torch.stack(terms).sum() if terms else None
 
     def after_step(self, module: nn.Module, step: int) -> None:
         for method in self.methods:
             method.after_step(module, step)
-
-    def extra_loss(self, module: nn.Module) -> Tensor | None:
-        terms = [t for t in (m.extra_loss(module) for m in self.methods) if t is not None]
-        return torch.stack(terms).sum() if terms else None

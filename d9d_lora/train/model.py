@@ -27,6 +27,7 @@ from d9d_lora.state.reader import LoadReport, hf_prefix_mapper, load_checkpoint
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.styles import parallelize_adapted, retie, tied_names
 from d9d_lora.train.config import ModelConfig, ParallelConfig
+from d9d_lora.walk import adapter_tensors
 
 
 @dataclass
@@ -263,7 +264,6 @@ def load(base: Base, mapper: ModelStateMapper, config: ModelConfig) -> LoadRepor
     if base.directory is None:
         return None
     module = base.module
-    factors = {f"{n}.{f}.weight" for n, m in module.named_modules() if isinstance(m, AdaptedLayer) for f in m.delta.axes}
     with open_checkpoint(base.directory) as files:
         chain: list[ModelStateMapper] = [mapper]
         prefix = getattr(module, "base_model_prefix", "")
@@ -276,7 +276,7 @@ def load(base: Base, mapper: ModelStateMapper, config: ModelConfig) -> LoadRepor
         ignore = [*config.ignore_unexpected, *(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or [])]
         ignore += [r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$"]  # caches that older files hold
         whole = chain[0] if len(chain) == 1 else ModelStateMapperSequential(chain)
-        return load_checkpoint(module, files, whole, skip=factors, ignore_unexpected=ignore)
+        return load_checkpoint(module, files, whole, skip=adapter_tensors(module), ignore_unexpected=ignore)
 
 
 def accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

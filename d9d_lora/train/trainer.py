@@ -68,9 +68,10 @@ class Trainer:
         self.tracker = Tracker(self.output if world.is_first else None, config.tracker, config.train.steps)
         self.tokenizer = self._tokenizer()
         self._open_data()
+        self.checkpoints = Checkpoints(self.output / "checkpoints", keep=config.checkpoint.keep)
+        self.found = self.checkpoints.find(config.checkpoint.resume)
         self._build()
         self.optimiser = adamw(self.params, config.optim)
-        self.checkpoints = Checkpoints(self.output / "checkpoints", keep=config.checkpoint.keep)
         self.step, self.consumed, self.best = 0, 0, math.inf
         self._told = self._stop = False  # this process has been signalled; some process has
 
@@ -140,7 +141,7 @@ class Trainer:
                 f"base: {report.tensors} tensors, {size(report.bytes_read)} read by this rank in {report.seconds:.1f} s, {self.dtype}, "
                 f"{size(models.bytes_held(self.model))} held"
             )
-        self.method.initialise(self.model)
+        self.method.initialise(self.model, resume=self.found is not None)
         if config.data.packing:
             check_packing(self.model, vocab_size=len(self.tokenizer), device=world.device)
         self.params = {clean(n): p for n, p in sorted(self.model.named_parameters(), key=lambda x: clean(x[0])) if p.requires_grad}
@@ -247,11 +248,9 @@ class Trainer:
             loss, _, _ = self.loss(batch)
             loss = loss / targets
             total += loss.detach()
-            extra = self.method.extra_loss(self.model)
-            if extra is not None:
-                loss = loss + extra / (len(micro) * self.world.dp_size)
             loss.backward()
         self.sum.reduce()
+        extra = self.method.add_extra_loss(self.model)
         if coverage:
             coverage.observe()
         norm = clip_(self.params.values(), config.optim.clip)
@@ -261,10 +260,10 @@ class Trainer:
                 "model.dtype=float32, or look at the samples of this step"
             )
         self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
         self.consumed += config.data.batch_size
         self.method.after_step(self.model, self.step)
+        self.optimiser.zero_grad(set_to_none=True)
         loss_value = self.world.sum_over_dp(total).item()
         seconds = time.monotonic() - began
         return {
@@ -276,6 +275,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
             "peak_memory_bytes": max_memory(device),
+            **({} if extra is None else {"extra_loss": float(extra)}),
         }
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -339,7 +339,8 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         weights = {f"model.{n}": p.detach() for n, p in self.params.items()}
-        return weights | optimiser_state(self.params, self.optimiser)
+        method = {f"method.{n}": t for n, t in self.method.state(self.model).items()}
+        return weights | optimiser_state(self.params, self.optimiser) | method
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must share with the run it continues; layout and length of the run are free."""
@@ -377,7 +378,7 @@ class Trainer:
             self.tracker.say(f"WARNING: {error}")
 
     def _resume(self) -> None:
-        found = self.checkpoints.find(self.config.checkpoint.resume)
+        found = self.found
         if found is None:
             self.tracker.rewind(-1)
             return
@@ -394,6 +395,7 @@ class Trainer:
                 "choose another output_dir, or start anew with checkpoint.resume=never"
             )
         found.load(self._tensors())
+        self.method.restore(self.model)
         self.step, self.consumed = found.step, found.document["consumed"]
         self.best = math.inf if found.document["best"] is None else found.document["best"]
         self.tracker.rewind(self.step)
