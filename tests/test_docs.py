@@ -210,3 +210,15 @@ def test_every_page_is_in_the_index():
     linked = set(re.findall(r"\]\(([^)#\s]+)\)", (ROOT / "docs/index.md").read_text(encoding="utf-8")))
     pages = {p.relative_to(ROOT / "docs").as_posix() for p in PAGES if p.parent != ROOT}
     assert pages - {"index.md"} <= linked
+
+
+def test_the_matrix_is_that_of_the_catalogue():
+    """Its cells are written by the laws themselves (`tests/matrix.py`); no row or column may be missing from the page."""
+    from tests.catalogue import LAYERS, LAYOUTS, METHODS
+
+    page = (ROOT / "docs/matrix.md").read_text(encoding="utf-8")
+    head, _, *rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert re.findall(r"`(\w+)`", head) == list(LAYERS)
+    assert [re.match(r"\| `([^`]*)`", row)[1] for row in rows] == list(METHODS)
+    assert all(f"`{layout}`" in page for layout in LAYOUTS)
+    assert "| none |" not in page

@@ -126,11 +126,12 @@ def test_the_start_changes_nothing_and_every_factor_is_live(method, layer):
 
 
 @pytest.mark.parametrize("method,layer", REFUSED)
-def test_a_refusal_is_a_sentence_and_leaves_the_model_as_it_was(method, layer):
+def test_a_refusal_is_a_sentence_and_leaves_the_model_as_it_was(method, layer, record_property):
     model = build(layer)
     before = {n: p.requires_grad for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=METHODS[method].refuses[layer]):
+    with pytest.raises(ValueError, match=METHODS[method].refuses[layer]) as refusal:
         inject_peft_and_freeze(peft_method_from_config(peft_config(method, layer)), model)
+    record_property("refusal", str(refusal.value))
     assert before == {n: p.requires_grad for n, p in model.named_parameters()}
 
 

@@ -59,7 +59,7 @@ def gradients(rank, layer, layout_name):
     install()
     from tests import catalogue
 
-    catalogue.METHODS["diagonal"] = {"kind": "diagonal", "r": 3}
+    catalogue.METHODS["diagonal"] = catalogue.Method({"kind": "diagonal", "r": 3}, {"diag_d"})
     layout = LAYOUTS[layout_name]
     reference, _ = make("diagonal", layer, LAYOUTS["one"], rank_pattern={}, alpha_pattern={})
     model, _ = make("diagonal", layer, layout, rank_pattern={}, alpha_pattern={})
