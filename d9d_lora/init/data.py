@@ -1,0 +1,387 @@
+"""Starts that follow from data: what layers see, summed up while the bare model runs over a few batches.
+
+    EVA     A = the first r principal directions of the layer's input, B = 0        Paischer et al. 2024, arXiv:2410.07170
+    CorDA   W C = U S V^T with C = E[x x^T];  B = U sqrt(S/s), A = sqrt(S/s) V^T C^-1 for r chosen triplets, and W <- W - s B A
+            (the r largest: "ipm", instruction previewed; the r smallest: "kpm", knowledge preserved)
+                                                                                    Yang et al. 2024, arXiv:2406.05223
+
+The same numbers on every layout: each microbatch is summed up by the ranks that computed it, and summaries are joined in the order
+of microbatches. Where tensor parallelism shards a layer's input, each rank keeps its own columns, and only Gram matrices of a few
+dozen rows travel.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from d9d_lora.placement import box_of
+from d9d_lora.thin import Thin
+
+Total = Callable[[Tensor], Tensor]
+SPARE = 8  # rows a summary keeps beyond those that are asked for: what is cut off in one step may matter in the next
+
+
+@dataclass(frozen=True)
+class Step:
+    """One microbatch of a survey, on this rank.
+
+    Attributes:
+        run: Runs the model over it.
+        mask: bool [batch, length], the tokens that count; None: all.
+    """
+
+    run: Callable[[], object]
+    mask: Tensor | None = None
+
+
+class Summary(Protocol):
+    """What is kept of the inputs of one layer. Columns are those of this rank."""
+
+    def of(self, x: Tensor) -> list[Tensor]:
+        """Sums up one microbatch x[n, I], as tensors whose shapes do not depend on n."""
+
+    def add(self, part: list[Tensor]) -> None:
+        """Joins the summary of the next microbatch."""
+
+
+class Principal:
+    """The k largest principal directions of rows that come in batches: centred incremental PCA.
+
+    Joining two sets is exact up to what was cut off: their directions scaled by singular values are stacked, with one more row for
+    the distance of their means (Ross et al. 2008).
+
+    Attributes:
+        rows: [k, I] directions times singular values, of the centred inputs so far.
+        square: The sum of squares of the centred inputs, over all columns.
+    """
+
+    def __init__(self, k: int, total: Total) -> None:
+        self.k, self._total = k, total
+        self.rows, self.mean, self.count, self.square = torch.zeros(0), torch.zeros(0), 0.0, 0.0
+
+    def of(self, x: Tensor) -> list[Tensor]:
+        x = x.double()
+        mean = x.mean(0) if len(x) else x.new_zeros(x.shape[1])
+        x = x - mean
+        keep = self._kept(x)
+        rows = x.new_zeros((self.k + SPARE, x.shape[1]))
+        rows[: len(keep)] = keep
+        return [rows, mean, x.new_tensor([len(x), float(self._total(x.square().sum()))])]
+
+    def add(self, part: list[Tensor]) -> None:
+        rows, mean, (count, square) = part[0], part[1], part[2].tolist()
+        if count == 0:
+            return
+        if self.count == 0:
+            self.rows, self.mean, self.count, self.square = rows, mean, count, square
+            return
+        away, weight = mean - self.mean, self.count * count / (self.count + count)
+        self.rows = self._kept(torch.cat([self.rows, rows, math.sqrt(weight) * away[None]]))
+        self.square += square + weight * float(self._total(away.square().sum()))
+        self.mean = self.mean + away * (count / (self.count + count))
+        self.count += count
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """(directions [k, I], singular values [k]), largest first; fewer than k if the inputs span fewer."""
+        rows = self._kept(self.rows)[: self.k]
+        sizes = self._total(rows.square().sum(1)).sqrt()
+        there = sizes > 1e-7 * sizes.max()
+        return rows[there] / sizes[there, None], sizes[there]
+
+    def ratios(self) -> Tensor:
+        """The share of the inputs' variance along each direction."""
+        return self.directions()[1].square() / max(self.square, 1e-300)
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        """The same rows turned so that the first are the largest; the smallest are dropped."""
+        gram = self._total(rows @ rows.T)
+        _, turn = torch.linalg.eigh(gram)
+        return turn.flip(1)[:, : self.k + SPARE].T @ rows
+
+
+class Covariance:
+    """C = E[x x^T], [I, I], whole on every rank: inputs are gathered over the ranks that share them."""
+
+    def __init__(self, whole: Callable[[Tensor], Tensor]) -> None:
+        self._whole = whole
+        self.sum, self.count = torch.zeros(0), 0.0
+
+    def of(self, x: Tensor) -> list[Tensor]:
+        x = self._whole(x).float()
+        return [x.T @ x, x.new_tensor([len(x)])]
+
+    def add(self, part: list[Tensor]) -> None:
+        self.sum = part[0] if self.count == 0 else self.sum + part[0]
+        self.count += float(part[1])
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / max(self.count, 1)
+
+
+S = TypeVar("S", bound=Summary)
+
+
+@torch.no_grad()
+def survey(
+    module: nn.Module,
+    targets: Mapping[str, nn.Module],
+    steps: Iterable[Step],
+    make: "Callable[[str, Inputs], S]",
+    *,
+    group: dist.ProcessGroup | None = None,
+    enough: Callable[[dict[str, S]], bool] = lambda _: False,
+) -> dict[str, S]:
+    """Runs the bare model over microbatches and sums up the input of every target; layers with one input share one summary.
+
+    Args:
+        module: The model, with weights, on any layout, before any injection.
+        targets: The layers by name.
+        steps: This rank's microbatches; every rank has as many.
+        make: The empty summary of a layer, from its name and what its first input is.
+        group: The ranks that see different data, in the order of microbatches; None: this rank sees all.
+        enough: Asked after each step whether the summaries will not change any more.
+
+    Raises:
+        ValueError: for a layer that was never called.
+    """
+    watch = _Watch()
+    found: dict[str, S] = {}
+    training = module.training
+    module.eval()
+    with watch.on(targets):
+        for step in steps:
+            watch.mask = step.mask
+            watch.seen.clear()
+            step.run()
+            if lost := sorted(targets.keys() - watch.seen.keys()):
+                raise ValueError(f"{lost[:4]} were not called by the model's forward: there is no input to start them from; exclude them")
+            for name, first in watch.firsts().items():
+                x = watch.seen[name]
+                if name == first:
+                    found[name] = found[name] if name in found else make(name, x)
+                    for part in _gathered(found[name].of(x.rows), group):
+                        found[name].add(part)
+                else:
+                    found[name] = found[first]
+            if enough(found):
+                break
+    module.train(training)
+    if not found:
+        raise ValueError("a start from data needs batches, and none came")
+    return found
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a layer saw in one microbatch: the rows that count, this rank's columns of them.
+
+    Attributes:
+        rows: [n, columns here].
+        into: The columns of all ranks together.
+        start: The first column of this rank.
+        group: The ranks that hold the other columns; None: this rank holds all.
+    """
+
+    rows: Tensor
+    into: int
+    start: int = 0
+    group: dist.ProcessGroup | None = None
+
+    def total(self, t: Tensor) -> Tensor:
+        """Adds over the ranks that hold the other columns."""
+        if self.group is not None:
+            t = t.contiguous()
+            dist.all_reduce(t, group=self.group)
+        return t
+
+    def whole(self, columns: Tensor) -> Tensor:
+        """[n, columns here] -> [n, into]."""
+        if self.group is None:
+            return columns
+        full = columns.new_zeros((len(columns), self.into))
+        full[:, self.start : self.start + columns.shape[1]] = columns
+        return self.total(full)
+
+
+class _Watch:
+    """Hooks that note what each target sees in a forward."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.seen: dict[str, Inputs] = {}
+        self._tensors: dict[str, Tensor] = {}
+
+    @contextmanager
+    def on(self, targets: Mapping[str, nn.Module]) -> Iterator[None]:
+        handles = [m.register_forward_pre_hook(self._note(name)) for name, m in targets.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def firsts(self) -> dict[str, str]:
+        """Every layer, with the first of those that saw the very same tensor."""
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(x), name) for name, x in self._tensors.items()}
+
+    def _note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x: Tensor = args[0]
+            self._tensors[name] = x  # kept until the next forward, so that no other tensor takes its identity
+            into, start, group = x.shape[-1], 0, None
+            if isinstance(x, DTensor):
+                (placement,) = x.placements
+                if placement.is_shard(x.ndim - 1):
+                    start, group = box_of(x)[-1].start, x.device_mesh.get_group()
+                elif not placement.is_replicate():
+                    raise ValueError(f"{name}: its input is {placement}; a start from data takes whole tokens")
+                x = x.to_local()
+            if self.mask is not None:
+                if self.mask.shape != x.shape[:-1]:
+                    raise ValueError(f"{name}: its input is {tuple(x.shape)}, the tokens are {tuple(self.mask.shape)}; exclude the layer")
+                x = x[self.mask]
+            self.seen[name] = Inputs(x.reshape(-1, x.shape[-1]), into, start, group)
+
+        return note
+
+
+def _gathered(part: list[Tensor], group: dist.ProcessGroup | None) -> Iterator[list[Tensor]]:
+    """The summaries of every rank's microbatch, in the order of ranks."""
+    if group is None:
+        yield part
+        return
+    flat = torch.cat([t.double().reshape(-1) for t in part])
+    everyone = [torch.empty_like(flat) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, flat, group=group)
+    for one in everyone:
+        yield [piece.view_as(t).to(t.dtype) for piece, t in zip(one.split([t.numel() for t in part]), part)]
+
+
+# -- EVA ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Eva:
+    """A layer's start: A[r, I] and what the redistribution made of its rank and alpha."""
+
+    A: Tensor
+    r: int
+    alpha: float
+
+
+@torch.no_grad()
+def eva(
+    module: nn.Module,
+    targets: Mapping[str, nn.Module],
+    ranks: Mapping[str, tuple[int, float]],
+    steps: Iterable[Step],
+    *,
+    group: dist.ProcessGroup | None = None,
+    rho: float = 2.0,
+    tau: float = 0.99,
+    whiten: bool = False,
+    adjust_scaling_factors: bool = True,
+) -> dict[str, Eva]:
+    """EVA's start of every target. Collective.
+
+    Args:
+        ranks: (rank, alpha) of every target, before the redistribution.
+        rho: A layer's rank may grow to rho times its own; 1 leaves ranks as they are.
+        tau: The survey ends when every direction that is used has turned by less than this cosine in one step.
+        whiten: Divide each direction by the root of its singular value.
+        adjust_scaling_factors: Let alpha follow the rank, so that the scaling stays.
+    """
+    most = {name: round(r * rho) for name, (r, _) in ranks.items()}
+    last: dict[int, Tensor] = {}
+    totals: dict[int, Inputs] = {}
+
+    def make(name: str, x: Inputs) -> Principal:
+        p = Principal(max(most.values()), x.total)
+        totals[id(p)] = x
+        return p
+
+    def settled(found: dict[str, Principal]) -> bool:
+        done = True
+        for p in {id(p): p for p in found.values()}.values():
+            now, _ = p.directions()
+            before = last.get(id(p))
+            last[id(p)] = now
+            if before is None or before.shape != now.shape:
+                done = False
+                continue
+            turned = totals[id(p)].total((now * before).sum(1)).abs()
+            used = max(counts(found)[name] for name, q in found.items() if q is p)
+            done &= bool((turned[:used] >= tau).all())
+        return done
+
+    def counts(found: dict[str, Principal]) -> dict[str, int]:
+        shares = {name: p.ratios()[: most[name]].tolist() for name, p in found.items()}
+        return redistributed(shares, sum(r for r, _ in ranks.values()))
+
+    found = survey(module, targets, steps, make, group=group, enough=settled)
+    chosen = counts(found)
+    starts = {}
+    for name, (r, alpha) in ranks.items():
+        p = found[name]
+        directions, sizes = p.directions()
+        A = totals[id(p)].whole(directions[: chosen[name]])
+        largest = A.gather(1, A.abs().argmax(1, keepdim=True)) if len(A) else A  # signs are free: the largest entry is positive
+        A = A * largest.sign()
+        if whiten:
+            A = A / sizes[: chosen[name], None].sqrt()
+        starts[name] = Eva(A.float(), chosen[name], alpha * chosen[name] / r if adjust_scaling_factors else alpha)
+    return starts
+
+
+def redistributed(shares: Mapping[str, list[float]], budget: int) -> dict[str, int]:
+    """Gives `budget` ranks to the directions that explain most of their layer's input; a layer may end with none."""
+    ranked = sorted(((-share, i, name) for name, many in shares.items() for i, share in enumerate(many)), key=lambda x: x[:2])
+    chosen = dict.fromkeys(shares, 0)
+    for _, _, name in ranked[:budget]:
+        chosen[name] += 1
+    return chosen
+
+
+# -- CorDA --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def corda(weight: Thin, C: Tensor, r: int, scaling: float, method: str) -> tuple[Tensor, Tensor]:
+    """(B[O,r], A[r,I]) of one layer. W is not gathered: W^T W, as large as C, is summed over the ranks that share it.
+
+    C is damped until it can be inverted, as PEFT does.
+    """
+    out, into = weight.shape
+    C = C.double()
+    damp, eye = 0.01, torch.eye(into, dtype=torch.float64, device=C.device)
+    if not bool(C.isfinite().all()) or float(C.diagonal().mean()) <= 0:
+        raise ValueError("the covariance of a layer's input is not finite, or zero: look at the data of the survey")
+    while True:
+        damped = C + damp * C.diagonal().mean() * eye
+        inverse = torch.linalg.inv(damped)
+        if float(torch.dist(damped @ inverse, eye)) < 0.05:
+            break
+        damp *= 2
+    gram = weight.turned(weight.times(damped))  # W^T (W C)
+    square, V = torch.linalg.eigh(damped @ gram)
+    triplets = min(out, into)
+    if r > triplets:
+        raise ValueError(f"rank {r} is more than the {triplets} singular values of a [{out}, {into}] weight")
+    square, V = square.flip(0)[:triplets].clamp_min(0), V.flip(1)[:, :triplets]
+    part = slice(0, r) if method == "ipm" else slice(triplets - r, triplets)
+    S, V = square[part].sqrt(), V[:, part]
+    U = weight.times(damped @ V) / S.clamp_min(1e-300)
+    root = (S / scaling).sqrt()
+    return (U * root).float(), (root[:, None] * (V.T @ inverse)).float()
+
+
+__all__ = ["Covariance", "Eva", "Inputs", "Principal", "Step", "corda", "eva", "redistributed", "survey"]
