@@ -6,7 +6,7 @@
     from_config(config)
 
 The first two and `from_config` are d9d's contract, so an object of ours works in d9d's injector and loader. What ours adds
-is optional for a method: `initialise`, `state`, `restore`, `add_extra_loss`, `after_step`, `unmerge`, `remove`.
+is optional for a method: `survey`, `initialise`, `state`, `restore`, `add_extra_loss`, `after_step`, `unmerge`, `remove`.
 """
 
 from abc import ABC, abstractmethod
@@ -64,6 +64,26 @@ class PeftMethod(ABC, Generic[TConfig]):
 
     def remove(self, module: nn.Module) -> None:
         """Takes out what `inject` added, and changes no weight."""
+
+    @property
+    def surveys(self) -> bool:
+        """Whether `survey` must come before the injection."""
+        return False
+
+    def survey(self, module: nn.Module, steps: Iterable[Any], *, group: Any = None) -> None:
+        """Looks at data before the injection: the bare model with its weights, on any layout.
+
+        Args:
+            steps: `d9d_lora.init.data.Step`: this rank's microbatches.
+            group: The process group of the ranks that see different data; None if one sees all.
+        """
+
+    def findings(self) -> dict[str, Any]:
+        """What a survey found that an injection needs (ranks), as JSON: a checkpoint holds it."""
+        return {}
+
+    def adopt(self, findings: dict[str, Any]) -> None:
+        """Takes the findings of a checkpoint, in place of a survey; starts come with the checkpoint's tensors."""
 
     def initialise(self, module: nn.Module, batches: Iterable[Any] = (), *, resume: bool = False) -> None:
         """Called once the real weights are there: starts that need them, or data.

@@ -34,11 +34,13 @@ class Step:
 
     Attributes:
         run: Runs the model over it.
-        mask: bool [batch, length], the tokens that count; None: all.
+        mask: bool [batch, length], the tokens of samples; None: all.
+        targets: bool [batch, length], of those, the ones with a label.
     """
 
     run: Callable[[], object]
     mask: Tensor | None = None
+    targets: Tensor | None = None
 
 
 class Summary(Protocol):

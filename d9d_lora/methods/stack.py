@@ -80,6 +80,23 @@ class PeftStack(PeftMethod[PeftStackConfig]):
         for method in reversed(self.methods):
             method.remove(module)
 
+    @property
+    def surveys(self) -> bool:
+        return any(method.surveys for method in self.methods)
+
+    def survey(self, module: nn.Module, steps: Iterable[Any], *, group: Any = None) -> None:
+        steps = list(steps)
+        for method in self.methods:
+            if method.surveys:
+                method.survey(module, steps, group=group)
+
+    def findings(self) -> dict[str, Any]:
+        return {str(i): found for i, method in enumerate(self.methods) if (found := method.findings())}
+
+    def adopt(self, findings: dict[str, Any]) -> None:
+        for i, found in findings.items():
+            self.methods[int(i)].adopt(found)
+
     def initialise(self, module: nn.Module, batches: Iterable[Any] = (), *, resume: bool = False) -> None:
         for method in self.methods:
             method.initialise(module, batches, resume=resume)

@@ -32,6 +32,7 @@ class MicroBatch:
         packed: whether a row may hold several documents, whose positions each begin at 0.
         mask: additive (B, 1, S, S) attention mask, when one was asked for by `Batches(mask_dtype=...)`.
         tokens: of the samples, without padding.
+        filled: bool (B, S), where they are.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +43,7 @@ class MicroBatch:
     packed: bool = False
     mask: torch.Tensor | None = None
     tokens: int = 0
+    filled: torch.Tensor | None = None
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
@@ -189,6 +191,7 @@ def collate(
     shape = (len(rows), length)
     input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
     position_ids = torch.arange(length).repeat(len(rows), 1)
+    filled = torch.zeros(shape, dtype=torch.bool)
     for r, row in enumerate(rows):
         start = 0
         for example in row:
@@ -198,10 +201,11 @@ def collate(
             labels[r, start] = IGNORE  # the token before it belongs to another document
             position_ids[r, start:end] = torch.arange(end - start)
             start = end
+        filled[r, :start] = True
         if packed:
             position_ids[r, start:] = torch.arange(length - start)  # the padding is a document of its own
     tokens = sum(len(example.input_ids) for row in rows for example in row)
-    return MicroBatch(input_ids, labels, position_ids, index, epoch, packed, tokens=tokens)
+    return MicroBatch(input_ids, labels, position_ids, index, epoch, packed, tokens=tokens, filled=filled)
 
 
 def check_batch_size(batch_size: int, micro_batch_size: int, dp_size: int) -> None:

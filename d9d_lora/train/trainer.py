@@ -17,6 +17,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from d9d_lora.init.data import Step
 from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.method import PeftMethod
 from d9d_lora.placement import ReplicatedSum, at_least_fp32, key_of
 from d9d_lora.registry import peft_method_from_config
 from d9d_lora.state.atomic import decided, write_text
 from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpoints
+from d9d_lora.state.mappers import ModelStateMapperParallel
 from d9d_lora.state.names import clean
 from d9d_lora.state.native_format import save_trained
 from d9d_lora.state.peft_format import save_adapter
@@ -47,6 +50,7 @@ from d9d_lora.train.world import World
 from d9d_lora.walk import adapted_layers
 
 REQUEUE = 75  # the exit code of a run that was told to stop and saved: EX_TEMPFAIL, "try again"
+SURVEYED = 32  # steps of data that a start from data may look at; it ends earlier when its directions have settled
 COVERED_AFTER = 2  # a zero factor wakes its partner: after two steps every factor must have had a gradient
 
 
@@ -61,7 +65,8 @@ class Trainer:
     """Everything of one run. `Trainer(config, world).run()`."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        self.config, self.world = config, world
+        self.config = config.model_copy(update={"peft": of_length(config.peft, config.train.steps)})
+        self.world = world
         torch.manual_seed(config.train.seed)
         self.dtype = decided("choosing the dtype", lambda: models.choose_dtype(config.model.dtype, world.device))
         self.output = config.output_dir
@@ -110,12 +115,17 @@ class Trainer:
     def _build(self) -> None:
         """[the data's way through the house] meta, tensor parallel, inject, table, FSDP2, memory, weights, starts."""
         config, world = self.config, self.world
+        self.method: PeftMethod = peft_method_from_config(self._seeded(config.peft))
+        if self.found is not None:
+            self.method.adopt(self.found.document.get("method", {}))
+        elif self.method.surveys:
+            self._survey()
+        torch.manual_seed(config.train.seed)
         self.base = models.open_model(config.model, self.dtype)
         self.model: nn.Module = self.base.module
         if world.parallel.tp > 1:
             assert world.mesh is not None
             models.apply_tensor_parallel(self.base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
-        self.method: PeftMethod = peft_method_from_config(self._seeded(config.peft))
         result_of = _Remember(self.method)
         mapper = inject_peft_and_freeze(result_of, self.model)  # type: ignore[arg-type]
         whole = self._in_fp32()
@@ -151,6 +161,35 @@ class Trainer:
         self.cuts_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.fsdp = list(models.fsdp_modules(self.model))
         self.clocks = {id(c): c for la in adapted_layers(self.model) if (c := la.dropout.clock) is not None}.values()
+
+    def _survey(self) -> None:
+        """Runs the bare model over a few steps of the trainer's own data, for starts that follow from it; then lets it go.
+
+        The base is read twice for it, but ranks are known before the injection, as the table of what is trained must tell them.
+        """
+        config, world = self.config, self.world
+        began = time.monotonic()
+        torch.manual_seed(config.train.seed)
+        base = models.open_model(config.model, self.dtype)
+        module = base.module.requires_grad_(False)
+        if world.parallel.tp > 1:
+            assert world.mesh is not None
+            models.apply_tensor_parallel(base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
+            module.requires_grad_(False)
+        if world.mesh is not None:
+            models.apply_data_parallel(module, world.mesh, world.parallel)
+        models.materialise(base, world.device)
+        models.load(base, ModelStateMapperParallel([]), config.model)
+
+        def steps() -> Iterator[Step]:
+            for step in range(SURVEYED):
+                for batch in self.batches.step(step * config.data.batch_size):
+                    batch = batch.to(world.device)
+                    inputs = models.accepted(module, batch.inputs())
+                    yield Step(lambda inputs=inputs: module(**inputs), batch.filled, batch.labels != IGNORE)  # type: ignore[misc]
+
+        self.method.survey(module, steps(), group=world.dp_group())
+        self.tracker.say(f"survey of the data: {time.monotonic() - began:.1f} s")
 
     def _seeded(self, peft: Any) -> Any:
         """The starts follow train.seed, unless the method's config sets a seed of its own."""
@@ -366,6 +405,7 @@ class Trainer:
         """A checkpoint, after a last look that replicas agree. A failed save is told and the run goes on."""
         check_replicas(self.params, f"at the save of step {self.step}")
         document = {"consumed": self.consumed, "best": self.best, "identity": self._identity(), "optim": self._optim()}
+        document["method"] = self.method.findings()
         if document["best"] == math.inf:
             document["best"] = None
         try:
@@ -432,6 +472,13 @@ class _Remember:
         result = self._method.inject(module)
         self.passed_over = result.passed_over
         return result
+
+
+def of_length(peft: Any, steps: int) -> Any:
+    """A method whose schedule is that of the run learns how long the run is; a resume with another length is then another run."""
+    if hasattr(peft, "methods"):
+        return peft.model_copy(update={"methods": [of_length(m, steps) for m in peft.methods]})
+    return peft.of_length(steps) if hasattr(peft, "of_length") else peft
 
 
 def _changes(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

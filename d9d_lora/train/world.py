@@ -35,6 +35,14 @@ class World:
     def dp_rank(self) -> int:
         return self.rank // self.parallel.tp  # tp is the innermost axis of the mesh
 
+    def dp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that see different data and share this rank's place in the tensor-parallel mesh; None if there are none."""
+        if self.mesh is None or self.dp_size == 1:
+            return None
+        replicate, shard = self.parallel.dp_replicate, self.parallel.dp_shard
+        names = [n for n, size in zip(MESH_AXES, (replicate, shard)) if size > 1]
+        return (self.mesh[tuple(names)]._flatten("dp") if len(names) > 1 else self.mesh[names[0]]).get_group()
+
     def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
         """Adds a small tensor over the ranks that see different data, in place: one collective, over all ranks.
 
