@@ -53,6 +53,13 @@ class Targets(BaseModel):
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="which biases are trained: none, all, or the adapted layers'"
     )
+    target_parameters: list[str] | None = Field(
+        None,
+        description="plain parameters to adapt, 2-D or stacks of matrices such as fused experts, by name (whole, or its end after a dot)",
+    )
+    ensure_weight_tying: bool = Field(
+        False, description="an embedding and an output head that share one weight share one adapter"
+    )
 
     @field_validator("module_name_pattern", mode="before")
     @classmethod
@@ -61,10 +68,11 @@ class Targets(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.module_name_pattern is None) == (self.target_modules is None):
+        given = [t for t in (self.module_name_pattern, self.target_modules) if t is not None]
+        if len(given) == 2 or not (given or self.target_parameters):
             raise ValueError(
                 "give either module_name_pattern (a regular expression) or target_modules (names, or 'all-linear'); "
-                + ("both are given" if self.target_modules is not None else "neither is given")
+                + ("both are given" if given else "neither is given, and no target_parameters")
             )
         for field in ("target_modules", "exclude_modules"):
             value = getattr(self, field)
@@ -97,12 +105,20 @@ class Targets(BaseModel):
             return False  # trained whole, itself or what holds it
         if self.module_name_pattern is not None:
             return self.module_name_pattern.fullmatch(name) is not None
-        assert self.target_modules is not None
+        if self.target_modules is None:
+            return False
         if self.target_modules == ALL_LINEAR:
             return True
         if isinstance(self.target_modules, list) and name in self.target_modules:
             return True  # a full name is taken whatever its layer number
         return named(name, self.target_modules) and self._in_layers(name)
+
+    def wants_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` names this parameter. Excluding its module, or saving it whole, wins."""
+        owner = name.rpartition(".")[0]
+        if not named(name, self.target_parameters or []) or self.saves(owner):
+            return False
+        return self.exclude_modules is None or not named(owner, self.exclude_modules)
 
     def saves(self, name: str) -> bool:
         """Whether `modules_to_save` names this module (and nothing excludes it)."""
@@ -135,13 +151,15 @@ class Targets(BaseModel):
         `matched`: the layers that will be adapted; `candidates`: every layer that could be; `all_names`: every module.
         """
         if not matched and not self.modules_to_save:
-            wanted = self.module_name_pattern.pattern if self.module_name_pattern else self.target_modules
+            wanted = self.module_name_pattern.pattern if self.module_name_pattern else self.target_modules or self.target_parameters
             raise NoMatch(f"{wanted!r} matches no layer that can be adapted{hint(wanted, candidates)}")
         if isinstance(self.target_modules, list):
             taken = [*matched, *(name for name in all_names if self.saves(name))]
             idle = [t for t in self.target_modules if not any(named(name, [t]) for name in taken)]
             if idle:
                 raise NoMatch(f"target_modules {idle} match no layer that can be adapted{hint(idle, candidates)}")
+        if idle := [t for t in self.target_parameters or [] if not any(named(name, [t]) for name in matched)]:
+            raise NoMatch(f"target_parameters {idle} match no parameter that can be adapted{hint(idle, candidates)}")
         for field in ("rank_pattern", "alpha_pattern"):
             idle = [k for k in getattr(self, field) if not any(re.match(rf"(.*\.)?({k})$", name) for name in matched)]
             if idle:
