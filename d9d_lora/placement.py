@@ -178,6 +178,32 @@ def full_of(p: Tensor) -> Tensor:
     return p.full_tensor() if isinstance(p, DTensor) else p
 
 
+@torch.no_grad()
+def sum_over_boxes(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """For each (placed tensor, what this rank's box of it comes to), the sum over all its boxes, equal on every rank.
+
+    A box that several ranks hold counts once. All travel together: one flat all-reduce along each dimension of their mesh.
+    """
+    totals = [value for _, value in parts]
+    buckets: dict[tuple[DeviceMesh, torch.dtype], list[int]] = {}
+    for i, (p, value) in enumerate(parts):
+        if isinstance(p, DTensor):
+            buckets.setdefault((p.device_mesh, value.dtype), []).append(i)
+    for (mesh, _), members in buckets.items():
+        flat = torch.cat([(totals[i] if _counts(parts[i][0]) else torch.zeros_like(totals[i])).reshape(-1) for i in members])
+        for dim in range(mesh.ndim):
+            if mesh.size(dim) > 1:
+                dist.all_reduce(flat, group=mesh.get_group(dim))
+        for i, total in zip(members, flat.split([totals[i].numel() for i in members])):
+            totals[i] = total.view_as(totals[i])
+    return totals
+
+
+def _counts(p: DTensor) -> bool:
+    """Whether this rank is the first of those that hold the same box."""
+    return not any(s.is_replicate() and p.device_mesh.get_local_rank(i) for i, s in enumerate(p.placements))
+
+
 def at_least_fp32(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 

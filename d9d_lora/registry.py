@@ -18,6 +18,8 @@ GROUP = "d9d_lora.methods"
 # The catalogue: a new method is one file and one row. Named by module, so that a registry imports nothing it is not asked for.
 BUILT_IN = {
     "lora": ("d9d_lora.methods.lora", "LoRAConfig", "LoRA"),
+    "adalora": ("d9d_lora.methods.adalora", "AdaLoRAConfig", "AdaLoRA"),
+    "dora": ("d9d_lora.methods.lora", "DoRAConfig", "LoRA"),
     "full_tune": ("d9d_lora.methods.full_tune", "FullTuneConfig", "FullTune"),
     "stack": ("d9d_lora.methods.stack", "PeftStackConfig", "PeftStack"),
 }

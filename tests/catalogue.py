@@ -53,6 +53,21 @@ METHODS: dict[str, Method] = {
         {"lora_B"},
         {"lora_A"},
     ),
+    "adalora": Method(
+        {"kind": "adalora", "params": {"init_r": 3, "target_r": 2, "lora_alpha": 6, "total_step": 9}}, {"lora_E"}, steps=3
+    ),
+    "dora": Method(
+        {"kind": "dora", "params": {"r": 3, "alpha": 6}},
+        {"lora_B", "lora_magnitude_vector"},
+        {"lora_A", "lora_magnitude_vector"},
+        exact=False,
+    ),
+    "dora_rslora": Method(
+        {"kind": "lora", "params": {"r": 3, "alpha": 6, "scaling": "rslora", "use_dora": True}},
+        {"lora_B", "lora_magnitude_vector"},
+        {"lora_A", "lora_magnitude_vector"},
+        exact=False,
+    ),
 }
 
 # -- layers: a small model that holds the layer column-parallel and row-parallel ------------------------------------------------

@@ -1,0 +1,325 @@
+"""AdaLoRA: dW = s B diag(E) A, W[O,I], A[R,I], E[R,1], B[O,R], s = alpha / (init_r + 1e-5) (as PEFT).
+
+At the start E = 0, and A and B are normal with deviation 0.02, so dW = 0. Zhang et al. 2023, arXiv:2303.10512.
+
+Training spends one budget of triplets (E_k, A_k, B_k) for all layers together. It begins with init_r a layer and falls as a cubic
+to target_r a layer on average; the triplets of least importance get E_k = 0. The importance of an entry w with gradient g is
+
+    S <- beta1 S + (1 - beta1) |w g|          sensitivity
+    U <- beta2 U + (1 - beta2) | |w g| - S |  its uncertainty
+    s(w) = S U,   and of a triplet   s(E_k) + mean_I s(A_k) + mean_O s(B_k)
+
+A term of the loss holds A and B near orthogonal: orth_reg_weight times the mean over factors of |A A^T - 1|_F and |B^T B - 1|_F.
+
+[Note: one budget on every layout]
+S and U are placed as their factors are. A rank adds up the scores of its own boxes, and one flat sum over the mesh, of R numbers a
+layer, makes them whole and equal on all ranks: so all choose the same triplets. Gram matrices are summed in the same way; only
+where FSDP2 shards the letter R, which every row of A A^T needs, the thin A is gathered along it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+from weakref import WeakKeyDictionary
+
+import torch
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from d9d_lora.adapters import AdapterConfig, AdapterMethod
+from d9d_lora.layers import AdaptedLayer
+from d9d_lora.method import InjectionError, PeftInjectionResult
+from d9d_lora.methods.delta import Delta, Draw, Parts
+from d9d_lora.placement import box_of, full_of, local_of, sum_over_boxes
+from d9d_lora.walk import adapted_layers
+
+
+class AdaLoRAParameters(BaseModel):
+    """Hyperparameters of AdaLoRA, by PEFT's names. Steps count from 1."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    target_r: int = Field(8, ge=1, description="mean rank of a layer at the end")
+    init_r: int = Field(12, ge=1, description="rank of every layer at the start")
+    tinit: int = Field(0, ge=0, description="steps before the budget begins to fall")
+    tfinal: int = Field(0, ge=0, description="last steps, with the ranks as they were found")
+    deltaT: int = Field(1, ge=1, description="steps between two allocations of the budget")
+    beta1: float = Field(0.85, gt=0, lt=1, description="average of the sensitivity")
+    beta2: float = Field(0.85, gt=0, lt=1, description="average of its uncertainty")
+    orth_reg_weight: float = Field(0.5, ge=0, description="weight of the term that keeps A and B near orthogonal")
+    total_step: int | None = Field(None, gt=0, description="steps of the run; the trainer puts train.steps here")
+    lora_alpha: float = Field(
+        8,
+        gt=0,
+        allow_inf_nan=False,
+        validation_alias=AliasChoices("lora_alpha", "alpha"),
+        description="scale of the update: s = lora_alpha / (init_r + 1e-5)",
+    )
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, validation_alias=AliasChoices("lora_dropout", "dropout"), description="dropout on the input of A"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_r(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "r" in given:
+            raise ValueError("AdaLoRA has no use for `r`: give init_r, the rank at the start, and target_r, the mean rank at the end")
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.target_r > self.init_r:
+            raise ValueError(f"target_r={self.target_r} is above init_r={self.init_r}: ranks only fall; lower target_r or raise init_r")
+        if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
+            raise ValueError(
+                f"tinit={self.tinit} and tfinal={self.tfinal} leave none of total_step={self.total_step} for the budget to fall in; "
+                "lower tinit or tfinal, or train longer"
+            )
+        return self
+
+    @property
+    def end(self) -> int:
+        """The step of the last allocation."""
+        assert self.total_step is not None
+        return self.total_step - self.tfinal
+
+    def budget(self, step: int, layers: int) -> int | None:
+        """How many triplets `layers` layers may keep after this step; None where nothing is allocated."""
+        most, least = self.init_r * layers, self.target_r * layers
+        if step == self.end:
+            return least
+        if step <= self.tinit or step > self.end or step % self.deltaT:
+            return None
+        left = 1 - (step - self.tinit) / (self.end - self.tinit)
+        return int((most - least) * left**3 + least)
+
+
+class AdaLoRAConfig(AdapterConfig):
+    """`kind: adalora`."""
+
+    kind: Literal["adalora"] = "adalora"
+    params: AdaLoRAParameters = Field(default_factory=AdaLoRAParameters)  # type: ignore[arg-type]
+
+    @model_validator(mode="after")
+    def _refuse_patterns(self) -> Self:
+        for field, why in (("rank_pattern", "AdaLoRA finds the rank of each layer itself"), ("alpha_pattern", "all layers have one alpha")):
+            if getattr(self, field):
+                raise ValueError(f"{field}: {why}, so it would be ignored; leave it out")
+        return self
+
+    def of_length(self, steps: int) -> Self:
+        """This config for a run of so many steps: `total_step` where it is not given."""
+        if self.params.total_step is not None:
+            return self
+        return self.model_copy(update={"params": AdaLoRAParameters(**{**self.params.model_dump(), "total_step": steps})})
+
+
+@dataclass(frozen=True)
+class AdaLoRADelta(Delta):
+    """dW = scaling * B diag(E) A."""
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+    kind = "adalora"
+    axes = {"lora_A": "RI", "lora_E": "R1", "lora_B": "OR"}
+
+    @property
+    def scaling(self) -> float:  # type: ignore[override]
+        return self.alpha / (self.r + 1e-5)
+
+    def sizes(self, out: int, into: int) -> dict[str, int]:
+        return {"O": out, "I": into, "R": self.r, "1": 1}
+
+    def start(self, factor: str, *, lookup: bool) -> Draw | None:
+        return None if factor == "lora_E" else lambda w, g: w.normal_(0, 0.02, generator=g)
+
+    def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
+        return f["lora_B"], f["lora_A"] * f["lora_E"]
+
+    def __str__(self) -> str:
+        return f"{self.kind} r={self.r} alpha={self.alpha:g}"
+
+
+class Memory:
+    """What AdaLoRA remembers of a layer from step to step.
+
+    Attributes:
+        sensitivity, uncertainty: S and U of every factor, placed as it is.
+        kept: [R], the triplets that the last allocation kept; whole on every rank.
+    """
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        factors = {name: p.detach() for name, p in layer.factors().items()}
+        self.sensitivity = {name: torch.zeros_like(p) for name, p in factors.items()}
+        self.uncertainty = {name: torch.zeros_like(p) for name, p in factors.items()}
+        e = factors["lora_E"]
+        self.kept = torch.ones(e.shape[0], dtype=torch.bool, device=e.device)
+
+    def observe(self, name: str, p: nn.Parameter, beta1: float, beta2: float) -> None:
+        """S and U after a step; a factor that had no part in it has no gradient, and its |w g| is zero."""
+        s, u = local_of(self.sensitivity[name]), local_of(self.uncertainty[name])
+        now = torch.zeros_like(s) if p.grad is None else (local_of(p) * local_of(p.grad)).abs()
+        s.mul_(beta1).add_(now, alpha=1 - beta1)
+        u.mul_(beta2).add_((now - s).abs(), alpha=1 - beta2)
+
+    def score(self, name: str, axes: str) -> Tensor:
+        """This rank's part of the triplets' scores, [R]: the sum over its box, over the size of the other letter."""
+        placed = self.sensitivity[name]
+        dim = axes.index("R")
+        rows = box_of(placed)[dim]
+        whole = local_of(placed).new_zeros(placed.shape[dim])
+        whole[rows] = (local_of(placed) * local_of(self.uncertainty[name])).sum(1 - dim) / placed.shape[1 - dim]
+        return whole
+
+    @torch.no_grad()
+    def mask(self, layer: AdaptedLayer) -> None:
+        """E = 0 in the triplets that are not kept."""
+        e = layer.factor("lora_E")
+        local_of(e).masked_fill_(~self.kept[box_of(e)[0], None], 0)
+
+
+class AdaLoRA(AdapterMethod[AdaLoRAConfig]):
+    """Low-rank adaptation that shares a budget of ranks out among the layers."""
+
+    kind = "adalora"
+
+    def __init__(self, config: AdaLoRAConfig) -> None:
+        if config.params.total_step is None:
+            raise ValueError(
+                "params.total_step: AdaLoRA's budget falls over the whole run; give its number of optimiser steps (the trainer takes "
+                "train.steps)"
+            )
+        super().__init__(config)
+        self._memory: WeakKeyDictionary[AdaptedLayer, Memory] = WeakKeyDictionary()
+
+    def delta_for(self, name: str) -> AdaLoRADelta:
+        p = self.config.params
+        return AdaLoRADelta(p.init_r, p.lora_alpha, p.lora_dropout)
+
+    def inject(self, module: nn.Module) -> PeftInjectionResult:
+        other = next((la for la in adapted_layers(module) if la.delta.kind == self.kind), None)
+        if other is not None:
+            raise InjectionError(
+                f"{other.name} has an AdaLoRA adapter already, and all layers share one budget: name them in one config"
+            )
+        return super().inject(module)
+
+    # -- state ---------------------------------------------------------------------------------------------------------------
+
+    def initialise(self, module: nn.Module, batches: Iterable[Any] = (), *, resume: bool = False) -> None:
+        super().initialise(module, batches, resume=resume)
+        for _, layer in self.layers(module):
+            self._memory.pop(layer, None)  # what was remembered of other starts, or placed otherwise
+
+    def memory(self, layer: AdaptedLayer) -> Memory:
+        """Made when it is first asked for: factors are then where they stay."""
+        return self._memory.get(layer) or self._memory.setdefault(layer, Memory(layer))
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        tensors = super().state(module)
+        for _, layer in self.layers(module):
+            memory = self.memory(layer)
+            for what in ("sensitivity", "uncertainty"):
+                tensors |= {f"{layer.name}.{name}.{what}": t for name, t in getattr(memory, what).items()}
+            tensors[f"{layer.name}.kept"] = memory.kept
+        return tensors
+
+    # -- the budget ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def after_step(self, module: nn.Module, step: int) -> None:
+        """Weights are those after the step, gradients those it was made with: the order of PEFT's `update_and_allocate`."""
+        p = self.config.params
+        layers = [layer for _, layer in self.layers(module)]
+        if step < p.end:
+            self._observe(layers)
+        budget = p.budget(step, len(layers))
+        if budget is not None and layers:
+            self._allocate(layers, budget)
+        if budget is not None or step > p.end:
+            for layer in layers:
+                self.memory(layer).mask(layer)
+
+    def _observe(self, layers: list[AdaptedLayer]) -> None:
+        p = self.config.params
+        if layers and all(q.grad is None for layer in layers for q in layer.factors().values()):
+            raise ValueError("AdaLoRA scores weights by their gradients, and there are none: call after_step before zero_grad")
+        for layer in layers:
+            for name, q in layer.factors().items():
+                self.memory(layer).observe(name, q, p.beta1, p.beta2)
+
+    def _allocate(self, layers: list[AdaptedLayer], budget: int) -> None:
+        """Keeps the triplets above the score of rank `budget` among all; equal scores fall together, as in PEFT."""
+        scores = self.scores(layers)
+        drop = sum(len(s) for s in scores) - budget
+        threshold = torch.cat(scores).kthvalue(drop).values if drop > 0 else None
+        for layer, s in zip(layers, scores):
+            kept = self.memory(layer).kept
+            kept.copy_(torch.ones_like(kept) if threshold is None else s > threshold)
+
+    def scores(self, layers: list[AdaptedLayer]) -> list[Tensor]:
+        """The importance of every triplet, [R] a layer, whole on every rank. [Note: one budget on every layout]"""
+        parts = []
+        for layer in layers:
+            memory = self.memory(layer)
+            for name, axes in layer.delta.axes.items():
+                parts.append((memory.sensitivity[name], memory.score(name, axes)))
+        sums = sum_over_boxes(parts)
+        return [e + (a + b) for a, e, b in zip(sums[::3], sums[1::3], sums[2::3])]
+
+    # -- orthogonality -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def add_extra_loss(self, module: nn.Module) -> Tensor | None:
+        """Adds the term's gradient, weight / n * 2 (A A^T - 1) A / |A A^T - 1|_F (of B: B (B^T B - 1)), to each rank's own box."""
+        weight = self.config.params.orth_reg_weight
+        factors = [layer.factor(name) for _, layer in self.layers(module) for name in ("lora_A", "lora_B")]
+        if not weight or not factors:
+            return None
+        thin = [whole_along_rank(p, dim=i % 2) for i, p in enumerate(factors)]
+        # of A its rows, of B its columns: [R, this rank's part of the other letter]
+        flat = [local_of(t) if i % 2 == 0 else local_of(t).T for i, t in enumerate(thin)]
+        grams = sum_over_boxes([(t, x @ x.T) for t, x in zip(thin, flat)])
+        total = torch.zeros((), dtype=grams[0].dtype, device=grams[0].device)
+        for i, (p, x, gram) in enumerate(zip(factors, flat, grams)):
+            gram.diagonal().sub_(1)
+            norm = gram.norm()
+            total += norm.to(total)
+            slope = (gram @ x) * torch.where(norm > 0, 2 * weight / len(factors) / norm, 0)  # at the least value, 0 is a gradient
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            local_of(p.grad).add_(slope[box_of(p)[0]] if i % 2 == 0 else slope.T)
+        return total * weight / len(factors)
+
+    # -- what an export needs ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def rank_pattern(self, module: nn.Module) -> dict[str, list[bool]]:
+        """The triplets of every layer that act: those the last allocation kept, and those that have grown back since (AdamW's
+        moments move a masked E until the next allocation). From `total_step - tfinal` on it does not change. Collective."""
+        return {
+            names[0]: (self.memory(layer).kept | (full_of(layer.factor("lora_E").detach())[:, 0] != 0)).tolist()
+            for names, layer in self.layers(module)
+        }
+
+    def pruned(self, module: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """Every layer's factors with the triplets of `rank_pattern` alone, whole: A [r, I], E [r, 1], B [O, r]. Collective.
+
+        They are scaled as the whole ones: by init_r, not by r.
+        """
+        patterns = self.rank_pattern(module)
+        found = {}
+        for names, layer in self.layers(module):
+            f, kept = layer.whole_factors(), torch.tensor(patterns[names[0]])
+            found[names[0]] = {name: t[:, kept] if name == "lora_B" else t[kept] for name, t in f.items()}
+        return found
+
+
+def whole_along_rank(p: nn.Parameter, dim: int) -> Tensor:
+    """A factor gathered along its letter R, which is dimension `dim`, where it is sharded there."""
+    t = p.detach()
+    if not isinstance(t, DTensor) or not any(s.is_shard(dim) for s in t.placements):
+        return t
+    return t.redistribute(placements=[Replicate() if s.is_shard(dim) else s for s in t.placements])
