@@ -73,10 +73,17 @@ class Delta(ABC):
     shared: ClassVar[Mapping[str, str]] = {}
     """Factors that all layers of the method share (a vector bank, random bases), with the letters of their dimensions."""
     has_gain: bool = False
+    full_precision: frozenset[str] = frozenset()
+    """Factors that are handed in as they are trained, and not in the dtype the layer computes in."""
     from_the_weight: bool = False
     """Whether some factor starts from the base weight: see `start_from`."""
     moves_base: bool = False
     """Whether the start is subtracted from the base weight, so that the model is unchanged (PiSSA and its kin)."""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a training forward draws at random, and so needs the clock."""
+        return self.dropout > 0
 
     @property
     @abstractmethod

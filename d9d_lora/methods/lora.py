@@ -8,15 +8,16 @@ Hu et al. 2021, arXiv:2106.09685; rank stabilisation: Kalajdzievski 2023, arXiv:
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from d9d_lora.adapters import AdapterConfig, AdapterMethod, Site
 from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedLayer, AdaptedLinear
 from d9d_lora.methods.delta import Delta, Draw, Parts
+from d9d_lora.methods.dora import DoRADelta
 
 
 class LoRAParameters(BaseModel):
@@ -28,6 +29,7 @@ class LoRAParameters(BaseModel):
     alpha: float = Field(8, gt=0, allow_inf_nan=False, description="scale of the update: s = alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
     scaling: Literal["lora", "rslora"] = Field("lora", description="s = alpha / r, or alpha / sqrt(r), which suits high ranks")
+    use_dora: bool = Field(False, description="learn a magnitude for every output row as well: `methods/dora.py`")
 
 
 class LoRAConfig(AdapterConfig):
@@ -35,6 +37,19 @@ class LoRAConfig(AdapterConfig):
 
     kind: Literal["lora"] = "lora"
     params: LoRAParameters = Field(default_factory=LoRAParameters)  # type: ignore[arg-type]
+
+
+class DoRAConfig(LoRAConfig):
+    """`kind: dora`: LoRA with `use_dora`."""
+
+    kind: Literal["dora"] = "dora"  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _uses_dora(self) -> Self:
+        if "use_dora" in self.params.model_fields_set and not self.params.use_dora:
+            raise ValueError("kind: dora has a magnitude always; for use_dora: false give kind: lora")
+        self.params = self.params.model_copy(update={"use_dora": True})
+        return self
 
 
 @dataclass(frozen=True)
@@ -69,9 +84,10 @@ class LoRADelta(Delta):
         return f"{self.kind} r={self.r} alpha={self.alpha:g}" + (" rslora" if self.rule == "rslora" else "")
 
 
-def delta_of(params: LoRAParameters, *, r: int | None = None, alpha: float | None = None) -> LoRADelta:
+def delta_of(params: LoRAParameters, *, r: int | None = None, alpha: float | None = None) -> LoRADelta | DoRADelta:
     """The delta that a layer's hyperparameters describe, with its own rank and alpha where a pattern gives them."""
-    return LoRADelta(params.r if r is None else r, params.alpha if alpha is None else alpha, params.dropout, params.scaling)
+    low = LoRADelta(params.r if r is None else r, params.alpha if alpha is None else alpha, params.dropout, params.scaling)
+    return DoRADelta(low) if params.use_dora else low
 
 
 class LoRALinear(AdaptedLinear):
@@ -90,7 +106,7 @@ class LoRALinear(AdaptedLinear):
         name: str = "",
         seed: int | None = None,
         clock: Clock | None = None,
-        delta: LoRADelta | None = None,
+        delta: LoRADelta | DoRADelta | None = None,
     ) -> None:
         if params.r == 0 and delta is None:
             raise ValueError("LoRALinear needs r >= 1; with r = 0 there is no adapter: use the layer as it is")
@@ -104,7 +120,7 @@ class LoRA(AdapterMethod[LoRAConfig]):
 
     kind = "lora"
 
-    def delta_for(self, name: str) -> LoRADelta | None:
+    def delta_for(self, name: str) -> LoRADelta | DoRADelta | None:
         params = self.config.params
         r = self.config.rank(name, params.r)
         return delta_of(params, r=r, alpha=self.config.alpha(name, params.alpha)) if r else None
@@ -112,7 +128,7 @@ class LoRA(AdapterMethod[LoRAConfig]):
     def wrap(self, site: Site, clock: Clock) -> AdaptedLayer:
         if site.layer is AdaptedLinear:
             assert isinstance(site.base, nn.Linear)
-            assert isinstance(site.delta, LoRADelta)
+            assert isinstance(site.delta, LoRADelta | DoRADelta)
             return LoRALinear(
                 site.base, self.config.params, name=site.names[0], seed=self.config.seed, clock=clock, delta=site.delta
             )

@@ -1,0 +1,112 @@
+"""DoRA: y = g (x W^T + s drop(x) A^T B^T) + b, with g = m / |W + s B A| for every row: W[O,I], A[R,I], B[O,R], m[O].
+
+A magnitude m and a low-rank update of the direction, learned apart. m starts as |W + s B A|, so g = 1 and the model is unchanged.
+The norm has no gradient (section 4.3 of the paper). It is taken by its terms, so B A is never built:
+
+    |W + s B A|^2  =  |W|^2  +  2 s B.(W A^T)  +  s^2 B.(B A A^T)        each term a sum over columns
+
+Where columns are sharded, the parts of the sum are added once: `out` numbers a layer and forward.
+
+Liu et al. 2024, arXiv:2402.09353.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from d9d_lora.methods.delta import Delta, Draw, Geometry, Parts
+from d9d_lora.placement import at_least_fp32
+from d9d_lora.thin import Thin
+
+MAGNITUDE = "lora_magnitude_vector"
+
+
+@dataclass(frozen=True)
+class DoRADelta(Delta):
+    """The delta `low`, a product s B A, with a magnitude for every row of W + s B A."""
+
+    low: Delta
+    has_gain = True
+    from_the_weight = True
+    full_precision = frozenset({MAGNITUDE})  # g is near one, where half precision has steps of 1/128
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return self.low.kind
+
+    @property
+    def scaling(self) -> float:  # type: ignore[override]
+        return self.low.scaling
+
+    @property
+    def dropout(self) -> float:  # type: ignore[override]
+        return self.low.dropout
+
+    @property
+    def moves_base(self) -> bool:  # type: ignore[override]
+        return self.low.moves_base
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        return {**self.low.axes, MAGNITUDE: "O"}
+
+    def fit(self, geometry: Geometry) -> Self:
+        return replace(self, low=self.low.fit(geometry))
+
+    def sizes(self, out: int, into: int) -> dict[str, int]:
+        return self.low.sizes(out, into)
+
+    def start(self, factor: str, *, lookup: bool) -> Draw | None:
+        return None if factor == MAGNITUDE else self.low.start(factor, lookup=lookup)
+
+    def start_from(self, weight: Thin, f: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = self.low.start_from(weight, f)
+        # A start that moves the base leaves W + s B A as W is now.
+        norms = weight.row_squares().sqrt() if self.moves_base else self._norms_whole(weight, {**f, **values})
+        return {**values, MAGNITUDE: norms}
+
+    def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
+        return self.low.factors(f)
+
+    def dense(self, f: Parts) -> Tensor:
+        return self.low.dense(f)
+
+    def apply(self, x: Tensor, f: Parts) -> Tensor:
+        return self.low.apply(x, f)
+
+    def look_up(self, ids: Tensor, f: Parts, *, padding: int | None = None) -> Tensor:
+        return self.low.look_up(ids, f, padding=padding)
+
+    def gain(self, weight: Tensor, f: Parts, total: Callable[[Tensor], Tensor]) -> Tensor:
+        """At least fp32, whatever the layer computes in."""
+        with torch.no_grad():
+            B, A = self.low.factors(f)
+            dtype = at_least_fp32(weight[:0]).dtype
+            squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+            across = (weight @ A.T.to(weight.dtype)).to(dtype)
+            norms = total(self._squares(squares, across, B.to(dtype), A.to(dtype))).clamp_(min=0).sqrt_()
+        return gain_of(f[MAGNITUDE], norms)
+
+    def gain_whole(self, weight: Thin, f: Mapping[str, Tensor]) -> Tensor:
+        return gain_of(f[MAGNITUDE], self._norms_whole(weight, f))
+
+    def _norms_whole(self, weight: Thin, f: Mapping[str, Tensor]) -> Tensor:
+        B, A = self.low.factors(self.part(f, slice(0, weight.shape[0]), slice(0, weight.shape[1])))
+        return self._squares(weight.row_squares(), weight.times(A.T), B, A).clamp(min=0).sqrt()
+
+    def _squares(self, squares: Tensor, across: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        """|W + s B A|^2 of every row from |W|^2 and W A^T; of some columns, their part of the sum."""
+        s = self.scaling
+        return squares + s * (B * (2 * across + s * (B @ (A @ A.T)))).sum(1)
+
+    def __str__(self) -> str:
+        return f"{self.low} dora"
+
+
+def gain_of(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """m / norm. A row of zeros (padding of a vocabulary) has no direction: it stays zero, and is not 0 / 0."""
+    nothing = norms == 0
+    return torch.where(nothing, torch.ones_like(norms), magnitude / norms.masked_fill(nothing, 1))
