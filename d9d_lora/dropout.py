@@ -1,4 +1,4 @@
-"""Dropout on an adapter's input whose mask does not depend on the layout.
+"""Dropout on an adapter's input, or of parts of its update, whose mask does not depend on the layout.
 
 Replicas over tensor parallelism must draw one mask whatever the ambient seeds, or lora_A drifts apart; data-parallel ranks must
 draw different ones; a recomputed forward (activation checkpointing) must draw the same one again. So the mask is a function of
@@ -85,12 +85,17 @@ class AdapterDropout(nn.Module):
         size, start = self.window or (x.shape[-1], 0)
         return _drop(x, self.clock.now, self._key, self.p, size, start)
 
+    def draw(self, what: str, size: int, p: float, device: torch.device) -> Tensor:
+        """`size` booleans, each True with probability 1 - p: a function of (layer name, clock, what), and of nothing else."""
+        if self.clock is None:
+            return torch.rand(size, device=device) >= p
+        return _keep(self.clock.now, key_of(self._key, what), p, size, device)
+
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
-@torch.library.custom_op("d9d_lora::drop", mutates_args=())
-def _drop(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
+def _generator(now: Tensor, key: int, device: torch.device) -> torch.Generator:
     time = int(now)
     if time == 0:
         raise RuntimeError(
@@ -98,7 +103,22 @@ def _drop(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> 
             "Call that module, or inject into the one you call; a loop that calls parts of it sets the time itself: "
             "`d9d_lora.walk.clock_of(model).set(step)`"
         )
-    generator = torch.Generator(device=x.device).manual_seed((time ^ key) & (2**63 - 1))
+    return torch.Generator(device=device).manual_seed((time ^ key) & (2**63 - 1))
+
+
+@torch.library.custom_op("d9d_lora::keep", mutates_args=())
+def _keep(now: Tensor, key: int, p: float, size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=_generator(now, key, device))
+
+
+@_keep.register_fake
+def _(now: Tensor, key: int, p: float, size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.bool, device=device)
+
+
+@torch.library.custom_op("d9d_lora::drop", mutates_args=())
+def _drop(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
+    generator = _generator(now, key, x.device)
     rows = x.numel() // max(x.shape[-1], 1)
     keep = torch.empty((rows, size), dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
     keep = keep[:, start : start + x.shape[-1]].reshape(x.shape)
