@@ -1,0 +1,79 @@
+"""A factor that all layers of a method share: a vector bank that is trained, or random bases that never change.
+
+The module that was injected owns it, as a child of its root, so FSDP2 puts it into the root's group, which stays gathered while the
+blocks use it. Layers refer to it. On a tensor-parallel mesh it is replicated.
+
+[Note: the gradient of a shared factor]
+A layer that holds a shard of its weight computes a part of the gradient, and one that holds all of it computes the whole, on every
+rank. With labels (`Partial`, `Replicate`) autograd adds the two rightly. The one sum of a trainer (`ReplicatedSum`) knows no labels:
+there a whole gradient counts 1/ranks on each rank, so that every layer's is a part.
+
+[Note: frozen bases]
+They are a buffer that no file and no checkpoint holds: each process draws them whole from their key, on the CPU, so they are the same
+on every layout and device. They stay whole on every rank, as each layer takes another piece of them.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+from d9d_lora.methods.delta import Draw
+from d9d_lora.placement import fill_, sum_after_backward
+
+
+class SharedFactor(nn.Module):
+    """One shared tensor, `weight`: a parameter if it is trained, else a buffer [Note: frozen bases].
+
+    Args:
+        like: Its dtype and device; on meta it stays there until `reset_parameters`.
+        draw: Fills the whole tensor. `seed` and `name` seed the generator it is given.
+    """
+
+    weight: Tensor
+
+    def __init__(self, shape: tuple[int, ...], like: Tensor, draw: Draw, *, seed: int, name: str, trained: bool) -> None:
+        super().__init__()
+        self.draw, self.seed, self.name = draw, seed, name
+        self.sums_own_parts = True  # [Note: the gradient of a shared factor]
+        weight = torch.empty(shape, dtype=like.dtype, device=like.device)
+        if trained:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight, persistent=False)
+        self.reset_parameters()
+
+    @property
+    def trained(self) -> bool:
+        return isinstance(self.weight, nn.Parameter)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the values: the same on every layout. Does nothing on meta."""
+        fill_(self.weight, self.draw, seed=self.seed, name=self.name)
+        self._watch()  # again: `to_empty` has replaced the parameter
+
+    def place(self, mesh: DeviceMesh | None) -> None:
+        """Replicates a trained factor on the tensor-parallel mesh, if there is one and it is not there yet."""
+        if mesh is None or not self.trained or isinstance(self.weight, DTensor):
+            return
+        placed = distribute_tensor(self.weight.detach(), mesh, [Replicate()], src_data_rank=None)
+        self.weight = nn.Parameter(placed, requires_grad=self.weight.requires_grad)
+        self._watch()
+
+    def local(self, *, parts: bool) -> Tensor:
+        """To compute with. `parts`: the layer that asks computes only this rank's part of the gradient."""
+        p = self.weight
+        if not isinstance(p, DTensor):
+            return p
+        if self.sums_own_parts:
+            return p.to_local(grad_placements=[Partial()] if parts else p.placements)
+        t = p.to_local()
+        return t if parts else t.detach() + (t - t.detach()) / p.device_mesh.size()
+
+    def _watch(self) -> None:
+        if isinstance(self.weight, DTensor) and isinstance(self.weight, nn.Parameter):
+            sum_after_backward(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, {'trained' if self.trained else 'frozen'}"
