@@ -257,7 +257,7 @@ def test_config_fields_are_checked(assets, tmp_path):
 
     with pytest.raises(ConfigError, match=r"train\.stepz: no such field; did you mean 'steps'"):
         config_of(assets, tmp_path, train__stepz=3)
-    with pytest.raises(ConfigError, match=r"unknown kind 'lorra'; did you mean 'lora'\?; known kinds: full_tune, lora, stack"):
+    with pytest.raises(ConfigError, match=r"unknown kind 'lorra'; did you mean 'lora'\?; known kinds: .*full_tune.*lora.*stack"):
         config_of(assets, tmp_path, peft={"kind": "lorra"})
     with pytest.raises(ConfigError, match=r"peft\.params\.dropout.*less than 1, got 1\.5"):
         config_of(assets, tmp_path, peft={"kind": "lora", "target_modules": "all-linear", "params": {"dropout": 1.5}})
