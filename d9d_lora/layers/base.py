@@ -12,7 +12,8 @@ must be added before it: so the adapted layer takes the base's forward hooks ove
 A start that reads the base weight (DoRA's magnitude, PiSSA) can only be made when that weight is there: `reset_parameters` does
 nothing on meta, and a layer that was never started refuses its forward. A start that moves the base weight is made once, by the
 method's `initialise`, and never by the injection, which may come before the weights are loaded. What was moved is kept in
-`origin`, with the placement of the base weight: an exact resume and an export for the untouched base need it.
+`origin`, with the placement of the base weight: an exact resume, an export for the untouched base and a forward without this
+adapter need it.
 """
 
 from abc import abstractmethod
@@ -23,7 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from d9d_lora.dropout import AdapterDropout, Clock
+from d9d_lora.layers.among import DEFAULT, Rows, Work, works
+from d9d_lora.layers.shared import SharedFactor
 from d9d_lora.methods.delta import Delta, DoesNotFit, Geometry, Parts
+from d9d_lora.methods.nothing import Nothing
 from d9d_lora.placement import Placing, at_least_fp32, box_of, fill_, full_of, local_of, place_like, sum_after_backward
 from d9d_lora.thin import Thin
 
@@ -61,10 +65,14 @@ class AdaptedLayer(nn.Module):
         delta: What is learned; its factors are children of this module, by their names (`lora_A`, `lora_B`).
         dropout: Dropout on the input of the adapter's path.
         placing: Where the base's weight lies, hence where the factors lie.
+        active: The names of the adapters whose updates are added (`layers/among.py`); its own is "default".
+        rows: The adapter of each row of the batch, where rows have different ones.
     """
 
     weight_axes: ClassVar[str]
     lookup: ClassVar[bool] = False
+    takes_several: ClassVar[bool] = False
+    """Its forward adds the updates of all adapters at work, by `stand_in` and `plus_updates`."""
     base: nn.Module
     dropout: AdapterDropout
 
@@ -86,9 +94,12 @@ class AdaptedLayer(nn.Module):
         self.saw_part_of_tokens = False  # a replicated layer learns from its input that its gradients are parts
         self.started = False
         self.origin: dict[str, Tensor] = {}
-        self.shared: dict[str, Factor] = {}  # factors that all layers of the method share; the model's root owns them
+        self._start: Parts | None = None
+        self.active: tuple[str, ...] = (DEFAULT,)
+        self.rows: Rows | None = None
+        self.shared: dict[str, SharedFactor] = {}  # factors that all layers of the method share; the model's root owns them
         weight: Tensor = base.weight  # type: ignore[assignment]
-        dtype = adapter_dtype(weight.dtype)
+        dtype = adapter_dtype(self.base_dtype)
         for factor, shape in delta.shapes(self.out_size, self.in_size).items():
             whole = torch.empty(shape, dtype=dtype, device=weight.device)
             self.add_module(factor, Factor(self.placing.distribute(whole, delta.axes[factor])))
@@ -125,13 +136,31 @@ class AdaptedLayer(nn.Module):
     def in_size(self) -> int:
         return self.geometry(self.base).into
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """A view of a weight (whole or part) as [O, I]."""
+    def rows_first(self, weight: Tensor) -> Tensor:
+        """A view of a weight (whole or part) whose leading dimension is its rows, or stacks of rows."""
         return weight if self.weight_axes == "OI" else weight.T
+
+    def joined(self, weight: Tensor) -> Tensor:
+        """What `rows_first` gives, as a matrix [O, I]; a copy where memory is laid out otherwise."""
+        return weight
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """The dtype the base computes in."""
+        return self.base.weight.dtype  # type: ignore[union-attr,return-value]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight (whole or part) as [O, I]."""
+        return self.joined(self.rows_first(weight))
 
     def weight_here(self) -> Tensor:
         """This rank's part of the base weight, to compute with, as a matrix [O, I]."""
         return self.matrix(self.placing.local(self.base.weight, self.weight_axes, parts=False))  # type: ignore[arg-type]
+
+    def box(self) -> tuple[slice, slice]:
+        """The rows and columns of the matrix that this rank holds."""
+        thin = self.thin()
+        return thin.rows, thin.cols
 
     def thin(self) -> Thin:
         """The base weight on its layout, for products with thin matrices."""
@@ -146,16 +175,70 @@ class AdaptedLayer(nn.Module):
 
     def parts(self, dtype: torch.dtype, *, parts: bool) -> Parts:
         """This rank's part of every factor, in the dtype the layer computes in: factors are small, so they are cast and x never is."""
+        kept = self.delta.full_precision
         own = {name: (self.factor(name), axes) for name, axes in self.delta.axes.items()}
-        own |= {name: (self.shared[name].weight, axes) for name, axes in self.delta.shared.items()}
-        parts = parts and self.sums_own_parts
-        f = {name: self.placing.local(p, axes, parts=parts).to(dtype) for name, (p, axes) in own.items()}
+        f = {name: self.placing.local(p, axes, parts=parts and self.sums_own_parts) for name, (p, axes) in own.items()}
+        f |= {name: self.shared[name].local(parts=parts) for name in self.delta.shared}
+        f = {name: t if name in kept else t.to(dtype) for name, t in f.items()}
         (o, rows), (i, cols) = self.placing.span(self.out_size, "O"), self.placing.span(self.in_size, "I")
         return Parts(f, slice(o, o + rows), slice(i, i + cols), self.dropout if self.training else None)
 
-    def gain(self, f: Parts) -> Tensor | None:
-        """What the rows of W + dW are multiplied by, [O] of this rank; None for most methods."""
-        return self.delta.gain(self.weight_here(), f, self.placing.total) if self.delta.has_gain else None
+    # -- several adapters: layers/among.py ---------------------------------------------------------------------------------
+
+    def others(self) -> dict[str, "AdaptedLayer"]:
+        """The adapters of this layer beside its own, by name."""
+        others = self._modules.get("adapters")
+        return {} if others is None else dict(others._modules)  # type: ignore[arg-type]
+
+    def adapters_by_name(self) -> dict[str, "AdaptedLayer"]:
+        """Every adapter of this layer, its own first."""
+        return ({} if isinstance(self.delta, Nothing) else {DEFAULT: self}) | self.others()
+
+    def at_work(self) -> list[Work]:
+        """What the forward adds to the product of the base."""
+        if self.active == (DEFAULT,) and self.rows is None and "adapters" not in self._modules:
+            return [Work(self)]
+        return works(self.adapters_by_name(), self.active, self.rows)
+
+    def stand_in(self) -> nn.Module | None:
+        """The module that is called instead, if one alone does the work: the bare base, or another adapter."""
+        work = self.at_work()
+        if not work:
+            return self.base
+        other = work[0].adapter is not self and work == [Work(work[0].adapter)]
+        return work[0].adapter if other else None
+
+    def plus_updates(self, y: Tensor, h: Tensor, dtype: torch.dtype, *, parts: bool = False) -> Tensor:
+        """y, this rank's product of the base, and the terms of all adapters at work; h is this rank's input."""
+        for adapter, start, names in self.at_work():
+            adapter.saw_part_of_tokens = self.saw_part_of_tokens
+            f = adapter.start_parts(dtype) if start else adapter.parts(dtype, parts=parts)
+            if names is None:
+                y = y + adapter.update(h, f)
+            else:
+                assert self.rows is not None
+                index = self.rows.of(names, h)
+                y = y.index_add(0, index, adapter.update(h[index], f).to(y.dtype))
+        return y
+
+    @abstractmethod
+    def update(self, x: Tensor, f: Parts) -> Tensor:
+        """The update's product with this rank's input; dropout is that of `f`."""
+
+    def start_parts(self, dtype: torch.dtype) -> Parts:
+        """This rank's part of the start that was taken off the base weight; gathered once. [Note: started]"""
+        if self._start is None:
+            (o, rows), (i, cols) = self.placing.span(self.out_size, "O"), self.placing.span(self.in_size, "I")
+            whole = {name: full_of(t) for name, t in self.origin.items()}
+            self._start = self.delta.part(whole, slice(o, o + rows), slice(i, i + cols))
+        return Parts({name: t.to(dtype) for name, t in self._start.items()}, self._start.rows, self._start.cols)
+
+    def has_gain_at_work(self) -> bool:
+        return self.delta.has_gain and DEFAULT in self.active
+
+    def gain(self, f: Parts) -> Tensor:
+        """What the rows of W + dW are multiplied by, [O] of this rank, if the delta has a gain."""
+        return self.delta.gain(self.weight_here(), f, self.placing.total)
 
     # -- starts ------------------------------------------------------------------------------------------------------------
 
@@ -167,9 +250,11 @@ class AdaptedLayer(nn.Module):
         """
         if self.seed is None and self.placing.mesh is not None:
             raise ValueError(f"{type(self).__name__}: give a `seed`; ranks that share this layer's weight must start alike")
+        if self.started and self.delta.moves_base:
+            raise ValueError(f"{self.name}: its base weight was moved by its start already. Load the base anew, and inject into that")
         seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
         for name, p in self.factors().items():
-            fill_(p, self.delta.start(name, lookup=self.lookup), seed=seed, name=f"{self.name}.{name}")
+            fill_(p, self.delta.start(name, lookup=self.lookup), seed=seed, name=f"{self.name}.{self.delta.stream(name)}")
         there = not any(p.is_meta for p in (self.base.weight, *self.factors().values()))  # type: ignore[union-attr]
         if there and self.delta.from_the_weight and not self.delta.moves_base:
             self.start_from_weight()
@@ -187,16 +272,12 @@ class AdaptedLayer(nn.Module):
     @torch.no_grad()
     def move_base(self, origin: dict[str, Tensor] | None = None) -> None:
         """W <- W - dW of the start, which is kept in `origin`; a resumed run gives the origin of its checkpoint. [Note: started]"""
-        if self.started:
-            raise ValueError(
-                f"{self.name}: its base weight was moved already, and a second start would move it again. Load the base anew"
-            )
         if origin is None:
             self.start_from_weight()
             origin = self.blank_origin()
             for name, kept in origin.items():
                 local_of(kept).copy_(at_least_fp32(full_of(self.factor(name).detach()))[box_of(kept)])
-        self.origin = origin
+        self.origin, self._start = origin, None
         self.fold_(self.update_of({name: at_least_fp32(full_of(t)) for name, t in origin.items()}, sign=-1))
         self.started = True
 
@@ -212,12 +293,13 @@ class AdaptedLayer(nn.Module):
 
     def parameters_in_parts(self) -> Iterator[nn.Parameter]:
         """The trainable parameters of which each tensor-parallel rank computes only a part of the gradient."""
+        if self.placing.mesh is not None:  # [Note: the gradient of a shared factor]: of every layer a part
+            yield from (f.weight for f in self.shared.values() if isinstance(f.weight, nn.Parameter) and f.weight.requires_grad)
         if self.placing.letter is None and not self.saw_part_of_tokens:
             return
         for name, axes in self.delta.axes.items():
             if self.placing.letter is None or self.placing.letter not in axes:
                 yield self.factor(name)
-        yield from (p for p in (self.shared[name].weight for name in self.delta.shared) if p.requires_grad)
         bias = getattr(self.base, "bias", None)
         if self.placing.letter == "I" and isinstance(bias, nn.Parameter) and bias.requires_grad:
             yield bias
@@ -243,8 +325,13 @@ class AdaptedLayer(nn.Module):
             if not hasattr(old, "placements"):
                 new = nn.Parameter(self.placing.distribute(old.detach(), axes), requires_grad=old.requires_grad)
                 self._modules[name].weight = new  # type: ignore[union-attr]
+        for factor in self.shared.values():
+            factor.place(self.placing.mesh)
         self._settle()
-        return self.take_over()
+        self.take_over()
+        for other in self.others().values():
+            other.follow_base()
+        return self
 
     def take_over(self) -> Self:
         """[Note: hooks move with the layer]"""
@@ -269,7 +356,11 @@ class AdaptedLayer(nn.Module):
 
         The sum is taken in fp32 and rounded once. `whole` are factors gathered before, so that a caller can check them first.
         """
-        whole = whole or self.whole_factors()
+        self.fold_(self.merging(whole or self.whole_factors()))
+        return self.give_back()
+
+    def merging(self, whole: dict[str, Tensor]) -> Fold:
+        """W -> gain * (W + dW), for a box. Collective where a gain reads a sharded base weight."""
         gain = self.delta.gain_whole(self.thin(), whole) if self.delta.has_gain else None
         update = self.update_of(whole)
 
@@ -277,8 +368,17 @@ class AdaptedLayer(nn.Module):
             sum_ = update(W, rows, cols)
             return sum_ if gain is None else sum_ * gain[rows, None]
 
-        self.fold_(merged)
-        return self.give_back()
+        return merged
+
+    def check_merge(self) -> None:
+        """Raises ValueError where the base must not be merged into; nothing has been changed then."""
+
+    def keep(self) -> Any:
+        """What `put_back` needs to make the base what it is now, after a merge."""
+        return local_of(self.base.weight).clone()  # type: ignore[arg-type]
+
+    def put_back(self, kept: Any) -> None:
+        local_of(self.base.weight).copy_(kept)  # type: ignore[arg-type]
 
     def update_of(self, whole: dict[str, Tensor], sign: int = 1) -> Fold:
         """W -> W + sign * dW, for a box."""
@@ -291,22 +391,23 @@ class AdaptedLayer(nn.Module):
 
     def fold_(self, change: Fold) -> None:
         """Writes `change(W, rows, cols)` into this rank's box of the base weight, some rows at a time."""
-        thin = self.thin()
-        rows, cols = thin.rows, thin.cols
-        matrix = self.matrix(local_of(self.base.weight))  # type: ignore[arg-type]
-        step = max(1, _MERGE_BLOCK // max(1, cols.stop - cols.start))
-        for start in range(rows.start, rows.stop, step):
-            block = slice(start, min(start + step, rows.stop))
-            target = matrix[start - rows.start : block.stop - rows.start]
-            target.copy_(change(target, block, cols))
+        rows, cols = self.box()
+        weight = self.rows_first(local_of(self.base.weight))  # type: ignore[arg-type]
+        start = rows.start
+        for target in weight.split(max(1, _MERGE_BLOCK // max(1, weight.shape[1:].numel()))):
+            W = self.joined(target)
+            block = slice(start, start + W.shape[0])
+            target.copy_(change(W, block, cols).view(target.shape))  # and not into W, which may be a copy
+            start = block.stop
 
     def refuse_unstarted(self) -> None:
         """[Note: started]"""
-        if not self.started and (self.delta.from_the_weight or self.delta.moves_base):
-            raise RuntimeError(
-                f"{self.name or type(self).__name__} ({self.delta}) starts from the base weight and has not been started: call "
-                "`method.initialise(model)` once the weights are loaded"
-            )
+        for adapter, _, _ in self.at_work():
+            if not adapter.started and (adapter.delta.from_the_weight or adapter.delta.moves_base):
+                raise RuntimeError(
+                    f"{adapter.name or type(self).__name__} ({adapter.delta}) starts from the base weight and has not been started: call "
+                    "`method.initialise(model)` once the weights are loaded"
+                )
 
     # -- being a good stand-in for the layer -------------------------------------------------------------------------------
 
@@ -327,6 +428,16 @@ class AdaptedLayer(nn.Module):
 def adapter_dtype(base: torch.dtype) -> torch.dtype:
     """Factors are trained in fp32 beside a half-precision base; a half-precision factor loses most of a small update."""
     return base if base in (torch.float32, torch.float64) else torch.float32
+
+
+def refuses_weight(module: nn.Module) -> str | None:
+    """Why a module's weight can have no update; None if it can."""
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is computed from other tensors (a parametrization), so nothing can be merged into it; remove that first"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}; expected floating point (a quantised base needs a layer kind of its own)"
+    return None
 
 
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:

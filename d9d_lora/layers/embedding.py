@@ -4,6 +4,7 @@ Here A starts at zero and B from a normal distribution (loralib, PEFT): looking 
 size 1/sqrt(V), which learn far too slowly.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
 from torch.nn.functional import embedding
@@ -17,6 +18,7 @@ class AdaptedEmbedding(AdaptedLayer):
 
     weight_axes = "IO"
     lookup = True
+    takes_several = True
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -33,35 +35,40 @@ class AdaptedEmbedding(AdaptedLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., D]."""
+        if (other := self.stand_in()) is not None:
+            return other(ids)  # type: ignore[no-any-return]
         self.refuse_unstarted()
-        if self.placing.mesh is None and not self.delta.has_gain:
-            return self.base(ids) + self.update(ids, self.parts(self.base.weight.dtype, parts=False))  # type: ignore[arg-type,union-attr]
+        if self.placing.mesh is None and not self.has_gain_at_work():
+            return self.plus_updates(self.base(ids), ids, self.base.weight.dtype)  # type: ignore[arg-type,union-attr]
         h, parts = self.placing.enter(ids, None if self.placing.letter is None else Replicate(), self.name)
         if self.placing.letter is None:
             self.saw_part_of_tokens = parts
-        f = self.parts(self.base.weight.dtype, parts=parts)  # type: ignore[arg-type,union-attr]
-        y = self.rows_here(h, f) if self.placing.letter == "I" else self.adapted(h, f)
+        y = self.rows_here(h, parts=parts) if self.placing.letter == "I" else self.adapted(h, parts=parts)
         return self.placing.leave(y, ids, self.out_size)
 
-    def adapted(self, ids: Tensor, f: Parts) -> Tensor:
+    def adapted(self, ids: Tensor, *, parts: bool) -> Tensor:
         """Rows of E + dE for ids that count from this rank's first row."""
+        dtype: torch.dtype = self.base.weight.dtype  # type: ignore[assignment,union-attr]
         y = embedding(ids, self.weight_here().T, self.padding_here())
-        y = (y if self.scale_of_rows() == 1 else y * y.new_tensor(self.scale_of_rows())) + self.update(ids, f)
-        gain = self.gain(f)
-        return y if gain is None else y * gain
+        y = y if self.scale_of_rows() == 1 else y * y.new_tensor(self.scale_of_rows())
+        if not self.has_gain_at_work():
+            return self.plus_updates(y, ids, dtype, parts=parts)
+        f = self.parts(dtype, parts=parts)
+        y = y + self.update(ids, f)
+        return (y * self.gain(f)).to(y.dtype)
 
     def update(self, ids: Tensor, f: Parts) -> Tensor:
         y = self.delta.look_up(ids, f, padding=self.padding_here())
         return y if self.scale_of_rows() == 1 else y * self.scale_of_rows()
 
-    def rows_here(self, ids: Tensor, f: Parts) -> Tensor:
+    def rows_here(self, ids: Tensor, *, parts: bool) -> Tensor:
         """Vocabulary-parallel: rows of other ranks count as zero, so the output is a Partial sum of one whole and zeros."""
         start, length = self.placing.span(self.in_size, "I")
         if length == 0:
             raise ValueError(f"{self.name}: {self.in_size} rows on {self.placing} ranks leave a rank without any")
         elsewhere = (ids < start) | (ids >= start + length)
         here = (ids - start).masked_fill(elsewhere, 0)
-        return self.adapted(here, f).masked_fill(elsewhere.unsqueeze(-1), 0)
+        return self.adapted(here, parts=parts).masked_fill(elsewhere.unsqueeze(-1), 0)
 
     def padding_here(self) -> int | None:
         """The padding row, which has no gradient, as a local number; None where it is not on this rank."""

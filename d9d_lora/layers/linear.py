@@ -7,7 +7,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn.functional import linear
 
-from d9d_lora.layers.base import AdaptedLayer
+from d9d_lora.layers.base import AdaptedLayer, refuses_weight
 from d9d_lora.methods.delta import Parts
 
 
@@ -15,6 +15,7 @@ class AdaptedLinear(AdaptedLayer):
     """An adapted `nn.Linear`, with or without a bias."""
 
     weight_axes = "OI"
+    takes_several = True
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -22,36 +23,38 @@ class AdaptedLinear(AdaptedLayer):
 
     @staticmethod
     def refuses(module: nn.Module) -> str | None:
-        if not isinstance(module._parameters.get("weight"), nn.Parameter):
-            return "its weight is computed from other tensors (a parametrization), so nothing can be merged into it; remove that first"
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return "nn.MultiheadAttention reads its weight and never calls it, so an adapter would be dead; exclude it"
-        if not module.weight.is_floating_point():  # type: ignore[union-attr,operator]
-            return f"its weight is {module.weight.dtype}; expected floating point (a quantised base needs a layer kind of its own)"
-        return None
+        return refuses_weight(module)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]. Under tensor parallelism x and y are DTensors in the states of the base."""
+        if (other := self.stand_in()) is not None:
+            return other(x)  # type: ignore[no-any-return]
         self.refuse_unstarted()
-        if self.placing.mesh is None and not self.delta.has_gain:
-            return self.base(x) + self.update(x, self.parts(x.dtype, parts=False))
+        if self.placing.mesh is None and not self.has_gain_at_work():
+            return self.plus_updates(self.base(x), x, x.dtype)
         wanted: Placement | None = {"O": Replicate(), "I": Shard(x.ndim - 1), None: None}[self.placing.letter]
         h, parts = self.placing.enter(x, wanted, self.name)
         if self.placing.letter is None:
             self.saw_part_of_tokens = parts
-        f = self.parts(h.dtype, parts=parts)
         bias = self.bias_here(parts=parts)
-        gain = self.gain(f)
-        if gain is None:
-            y = linear(h, self.weight_here(), bias) + self.update(h, f)
-        else:
-            y = (linear(h, self.weight_here()) + self.update(h, f)) * gain
+        if self.has_gain_at_work():
+            f = self.parts(h.dtype, parts=parts)
+            y = self.product(h) + self.update(h, f)
+            y = (y * self.gain(f)).to(y.dtype)
             y = y if bias is None else y + bias
+        else:
+            y = self.plus_updates(self.product(h, bias), h, h.dtype, parts=parts)
         return self.placing.leave(y, x, self.out_size)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b on this rank's part."""
+        return linear(x, self.weight_here(), bias)
 
     def update(self, x: Tensor, f: Parts) -> Tensor:
         """drop(x) dW^T on this rank's part, in the dtype of x."""
-        return self.delta.apply(self.dropout(x), f)
+        return self.delta.apply(x if f.dropout is None else f.dropout(x), f)
 
     def bias_here(self, *, parts: bool) -> Tensor | None:
         """This rank's part of the base's bias. A row-parallel one enters the Partial sum once, on the first rank."""
