@@ -1,23 +1,28 @@
 """LoRA: y = x W^T + s drop(x) A^T B^T, dW = s B A, W[O,I], A[R,I], B[O,R].
 
 s = alpha / r, or alpha / sqrt(r) with `scaling: rslora`. At the start B = 0 and A is Kaiming-uniform with a = sqrt(5), that is
-uniform in +-1/sqrt(I), so dW = 0; where the input is an index (embeddings), A = 0 and B is normal.
+uniform in +-1/sqrt(I), so dW = 0; where the input is an index (embeddings), A = 0 and B is normal. Other starts: `init/blind.py`
+and `init/weights.py`. With `lora_bias`, B has a bias b[O], zero at the start, and the output gains s b.
 
 Hu et al. 2021, arXiv:2106.09685; rank stabilisation: Kalajdzievski 2023, arXiv:2312.03732.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from d9d_lora.adapters import AdapterConfig, AdapterMethod, Site
 from d9d_lora.dropout import Clock
+from d9d_lora.init.blind import BLIND, draw_of
+from d9d_lora.init.weights import factors_of, is_from_weight
 from d9d_lora.layers import AdaptedLayer, AdaptedLinear
-from d9d_lora.methods.delta import Delta, Draw, Parts
+from d9d_lora.methods.delta import Delta, DoesNotFit, Draw, Geometry, Parts
 from d9d_lora.methods.dora import DoRADelta
+from d9d_lora.thin import Thin
 
 
 class LoRAParameters(BaseModel):
@@ -29,7 +34,68 @@ class LoRAParameters(BaseModel):
     alpha: float = Field(8, gt=0, allow_inf_nan=False, description="scale of the update: s = alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
     scaling: Literal["lora", "rslora"] = Field("lora", description="s = alpha / r, or alpha / sqrt(r), which suits high ranks")
+    init_lora_weights: bool | str = Field(True, description="start: true, false, gaussian, orthogonal, pissa, pissa_niter_N or olora")
+    init_zero: Literal["A", "B"] | None = Field(
+        None, description="the factor that starts at zero, for the starts true and gaussian; null: B, and on embeddings A"
+    )
+    lora_bias: bool = Field(False, description="a bias on B as well; merging needs a base with a bias")
     use_dora: bool = Field(False, description="learn a magnitude for every output row as well: `methods/dora.py`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _peft_spellings(cls, fields: Any) -> Any:
+        """`lora_alpha`, `lora_dropout` and `use_rslora` are PEFT's names of `alpha`, `dropout` and `scaling`."""
+        if not isinstance(fields, dict):
+            return fields
+        rules = {True: "rslora", False: "lora"}
+        for theirs, ours in {"lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "scaling"}.items():
+            if theirs not in fields:
+                continue
+            value = fields[theirs]
+            if theirs == "use_rslora":
+                if not isinstance(value, bool):
+                    raise ValueError(f"use_rslora is true or false, got {value!r}")
+                value = rules[value]
+            if ours in fields and fields[ours] != value:
+                raise ValueError(f"{theirs} = {fields[theirs]!r} and {ours} = {fields[ours]!r} are two spellings of one field; give one")
+            fields = {**{k: v for k, v in fields.items() if k != theirs}, ours: value}
+        return fields
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> Self:
+        start = self.init_lora_weights = start_of(self.init_lora_weights)
+        if self.init_zero and start not in (True, "gaussian"):
+            raise ValueError(f"init_zero goes with init_lora_weights true or gaussian; {start!r} says itself how both factors start")
+        if start == "orthogonal" and self.r % 2:
+            raise ValueError(f"init_lora_weights: orthogonal splits the rank into halves, so r must be even, got {self.r}")
+        if self.lora_bias and not isinstance(start, bool):
+            raise ValueError(f"lora_bias goes with init_lora_weights true or false, got {start!r}: other starts say nothing of the bias")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias and use_dora exclude each other: the magnitude would scale the bias too. Give one of them")
+        return self
+
+
+# Starts of PEFT that are not made here, with the reason and the mend.
+_REFUSED_STARTS = {
+    "loftq": "it quantises the base weight, and a quantised base is another one; quantise the base first",
+    "lora_ga": "it needs the gradient of the full weight before the first step, which no frozen base has",
+    "mica": "it freezes B at the smallest singular directions, which is another method; use pissa or olora",
+}
+
+
+def start_of(value: bool | str) -> bool | str:
+    """`init_lora_weights`, checked."""
+    if isinstance(value, bool):
+        return value
+    start = value.lower()
+    if start in _REFUSED_STARTS:
+        raise ValueError(f"init_lora_weights: {value!r} is not made here: {_REFUSED_STARTS[start]}")
+    if start not in BLIND and not is_from_weight(start):
+        raise ValueError(
+            f"init_lora_weights: {value!r} is no start; expected true, false, gaussian, orthogonal, pissa, pissa_niter_N (such as "
+            "pissa_niter_16) or olora"
+        )
+    return start
 
 
 class LoRAConfig(AdapterConfig):
@@ -60,33 +126,72 @@ class LoRADelta(Delta):
     alpha: float
     dropout: float = 0.0
     rule: Literal["lora", "rslora"] = "lora"
+    init: bool | str = True
+    zero: Literal["A", "B"] | None = None
+    bias: bool = False
     kind = "lora"
-    axes = {"lora_A": "RI", "lora_B": "OR"}
 
     @property
     def scaling(self) -> float:  # type: ignore[override]
         return self.alpha / (math.sqrt(self.r) if self.rule == "rslora" else self.r)
 
+    @property
+    def axes(self) -> Mapping[str, str]:
+        return {"lora_A": "RI", "lora_B": "OR", **({"lora_B_bias": "O"} if self.bias else {})}
+
+    @property
+    def moves_base(self) -> bool:  # type: ignore[override]
+        return is_from_weight(self.init)
+
+    @property
+    def from_the_weight(self) -> bool:  # type: ignore[override]
+        return self.moves_base
+
+    def fit(self, geometry: Geometry) -> Self:
+        if self.moves_base and self.r > min(geometry.out, geometry.into):
+            shape = [geometry.out, geometry.into]
+            raise DoesNotFit(f"the start {self.init} takes r={self.r} directions of a weight {shape}; give this layer a lower rank")
+        if self.init == "orthogonal" and self.r % 2:
+            raise DoesNotFit(f"the start orthogonal splits the rank into halves; r={self.r} is odd, give an even rank in rank_pattern")
+        if self.bias and (geometry.lookup or geometry.taps):
+            raise DoesNotFit("lora_bias is for linear layers; leave this layer out of the targets, or set lora_bias to false")
+        return self
+
     def sizes(self, out: int, into: int) -> dict[str, int]:
         return {"O": out, "I": into, "R": self.r}
 
     def start(self, factor: str, *, lookup: bool) -> Draw | None:
-        if lookup:
-            return None if factor == "lora_A" else lambda w, g: w.normal_(generator=g)
-        if factor == "lora_B":
-            return None
-        return lambda w, g: w.uniform_(-1 / math.sqrt(w.shape[1]), 1 / math.sqrt(w.shape[1]), generator=g)
+        return None if self.moves_base else draw_of(self.init, self.zero, factor, self.r, lookup=lookup)
+
+    def stream(self, factor: str) -> str:
+        return "lora" if self.init == "orthogonal" else factor
+
+    def start_from(self, weight: Thin, f: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.moves_base:
+            return {}
+        B, A = factors_of(str(self.init), weight, self.r, self.scaling)
+        return {"lora_A": A, "lora_B": B}
 
     def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
         return f["lora_B"], f["lora_A"]
 
     def __str__(self) -> str:
-        return f"{self.kind} r={self.r} alpha={self.alpha:g}" + (" rslora" if self.rule == "rslora" else "")
+        return f"{self.kind} r={self.r} alpha={self.alpha:g}" + "".join(
+            [" rslora" if self.rule == "rslora" else "", "" if self.init is True else f" init={self.init}", " bias" if self.bias else ""]
+        )
 
 
 def delta_of(params: LoRAParameters, *, r: int | None = None, alpha: float | None = None) -> LoRADelta | DoRADelta:
     """The delta that a layer's hyperparameters describe, with its own rank and alpha where a pattern gives them."""
-    low = LoRADelta(params.r if r is None else r, params.alpha if alpha is None else alpha, params.dropout, params.scaling)
+    low = LoRADelta(
+        params.r if r is None else r,
+        params.alpha if alpha is None else alpha,
+        params.dropout,
+        params.scaling,
+        params.init_lora_weights,
+        params.init_zero,
+        params.lora_bias,
+    )
     return DoRADelta(low) if params.use_dora else low
 
 
