@@ -62,6 +62,9 @@ class DoRADelta(Delta):
     def start(self, factor: str, *, lookup: bool) -> Draw | None:
         return None if factor == MAGNITUDE else self.low.start(factor, lookup=lookup)
 
+    def stream(self, factor: str) -> str:
+        return self.low.stream(factor)
+
     def start_from(self, weight: Thin, f: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = self.low.start_from(weight, f)
         # A start that moves the base leaves W + s B A as W is now.
@@ -87,7 +90,7 @@ class DoRADelta(Delta):
             dtype = at_least_fp32(weight[:0]).dtype
             squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
             across = (weight @ A.T.to(weight.dtype)).to(dtype)
-            norms = total(self._squares(squares, across, B.to(dtype), A.to(dtype))).clamp_(min=0).sqrt_()
+            norms = total(squared_norms(squares, across, B.to(dtype), A.to(dtype), self.scaling)).clamp_(min=0).sqrt_()
         return gain_of(f[MAGNITUDE], norms)
 
     def gain_whole(self, weight: Thin, f: Mapping[str, Tensor]) -> Tensor:
@@ -95,18 +98,18 @@ class DoRADelta(Delta):
 
     def _norms_whole(self, weight: Thin, f: Mapping[str, Tensor]) -> Tensor:
         B, A = self.low.factors(self.part(f, slice(0, weight.shape[0]), slice(0, weight.shape[1])))
-        return self._squares(weight.row_squares(), weight.times(A.T), B, A).clamp(min=0).sqrt()
-
-    def _squares(self, squares: Tensor, across: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        """|W + s B A|^2 of every row from |W|^2 and W A^T; of some columns, their part of the sum."""
-        s = self.scaling
-        return squares + s * (B * (2 * across + s * (B @ (A @ A.T)))).sum(1)
+        return squared_norms(weight.row_squares(), weight.times(A.T), B, A, self.scaling).clamp(min=0).sqrt()
 
     def __str__(self) -> str:
         return f"{self.low} dora"
 
 
+def squared_norms(squares: Tensor, across: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
+    """|W + s B A|^2 of every row from |W|^2 and W A^T; of some columns, their part of the sum."""
+    return squares + s * (B * (2 * across + s * (B @ (A @ A.T)))).sum(1)
+
+
 def gain_of(magnitude: Tensor, norms: Tensor) -> Tensor:
     """m / norm. A row of zeros (padding of a vocabulary) has no direction: it stays zero, and is not 0 / 0."""
     nothing = norms == 0
-    return torch.where(nothing, torch.ones_like(norms), magnitude / norms.masked_fill(nothing, 1))
+    return (magnitude / norms.masked_fill(nothing, 1)).masked_fill(nothing, 1)

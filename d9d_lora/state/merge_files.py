@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from d9d_lora.methods.dora import gain_of
 from d9d_lora.state.atomic import TEMPORARY, sync, sync_tree
 from d9d_lora.state.merge_plan import FLOATS, Add, Edit, Replace, plan_merge
 from d9d_lora.state.peft_config import CONFIG, WEIGHTS, AdapterError
@@ -122,7 +123,7 @@ class _Merge:
 
     def check_finite(self) -> None:
         for name, edit in self.edits.items():
-            for key in (edit.A, edit.B) if isinstance(edit, Add) else (edit.key,):
+            for key in edit.keys if isinstance(edit, Add) else (edit.key,):
                 for _, block in blocks(self.factors, key):
                     if block.is_floating_point() and not block.isfinite().all():
                         raise AdapterError(f"{key!r} has values that are not finite; merging it would spoil {name!r}")
@@ -138,12 +139,12 @@ class _Merge:
             for _, block in blocks(self.factors, edit.key):
                 yield self._finite(name, block.to(dtype), block)
             return
-        update = self._update(edit, torch.float64 if self.files.dtype(name) == torch.float64 else torch.float32)
+        update = self._update(name, edit, torch.float64 if self.files.dtype(name) == torch.float64 else torch.float32)
         for rows, block in blocks(self.files, name):
             new = block if update is None else update(rows, block)
             yield self._finite(name, new.to(dtype), block)
 
-    def _update(self, edit: Add | None, work: torch.dtype) -> Callable[[slice, Tensor], Tensor] | None:
+    def _update(self, name: str, edit: Add | None, work: torch.dtype) -> Callable[[slice, Tensor], Tensor] | None:
         """(rows, base block) -> merged block, in `work`."""
         if edit is None:
             return None
@@ -153,7 +154,21 @@ class _Merge:
             new = A[:, rows].T @ B.T if edit.turned else B[rows] @ A
             return new.mul_(edit.scaling).add_(block)
 
-        return update
+        if edit.magnitude is None:
+            return update
+        magnitude = self.factors.read(edit.magnitude).to(work)
+        if edit.turned:  # a block has all rows of [out, in] and some columns: one more pass over the weight for the norms
+            squares = torch.zeros_like(magnitude, dtype=torch.float64)
+            for rows, block in blocks(self.files, name):
+                squares += update(rows, block).square().sum(0)
+            gain = gain_of(magnitude, squares.sqrt().to(work))
+            return lambda rows, block: update(rows, block).mul_(gain)
+
+        def with_magnitude(rows: slice, block: Tensor) -> Tensor:
+            new = update(rows, block)
+            return new.mul_(gain_of(magnitude[rows], new.norm(dim=1))[:, None])
+
+        return with_magnitude
 
     def _finite(self, name: str, new: Tensor, old: Tensor) -> Tensor:
         if new.dtype != old.dtype or name in self.edits:
@@ -183,6 +198,7 @@ class _Merge:
         rows, cols = self.files.shape(name)
         A, B = self.factors.read(edit.A), self.factors.read(edit.B)
         wide = torch.float64
+        gain = self._gain(name, edit)
         unit = torch.finfo(self.dtype_of(name)).eps
         least = torch.finfo(self.dtype_of(name)).smallest_normal * unit
         for row in sorted({round(i * (rows - 1) / (SAMPLED - 1)) for i in range(SAMPLED)}) if rows else []:
@@ -190,10 +206,24 @@ class _Merge:
             old, new = (files.read(name, box)[0].to(wide) for files in (self.files, result))
             left, right = (A[:, row], B.T) if edit.turned else (B[row], A)
             left, right = left.to(wide), right.to(wide)
-            size = old.abs() + abs(edit.scaling) * (left.abs() @ right.abs())
-            wrong = (new - (old + edit.scaling * (left @ right))).abs() > unit * new.abs() + 2e-6 * size + least
+            sum_ = old + edit.scaling * (left @ right)
+            g = gain(row, sum_)
+            size = (old.abs() + abs(edit.scaling) * (left.abs() @ right.abs())) * g.abs()
+            wrong = (new - sum_ * g).abs() > unit * new.abs() + 2e-6 * size + least
             if wrong.any():
                 raise AdapterError(f"row {row} of {name!r} is not W + s B A when it is read back: check the disk, merge again")
+
+    def _gain(self, name: str, edit: Add) -> Callable[[int, Tensor], Tensor]:
+        """(row of the file, its sum) -> what the sum is multiplied by; in fp64."""
+        if edit.magnitude is None:
+            return lambda row, sum_: torch.ones(())
+        A, B, magnitude = (self.factors.read(key).double() for key in edit.keys)
+        if not edit.turned:
+            return lambda row, sum_: gain_of(magnitude[row], sum_.norm())
+        squares = torch.zeros_like(magnitude)
+        for rows, block in blocks(self.files, name):
+            squares += (block.double() + edit.scaling * (A[:, rows].T @ B.T)).square().sum(0)
+        return lambda row, sum_: gain_of(magnitude, squares.sqrt())
 
     def report(self, seconds: float) -> MergeReport:
         added = sum(isinstance(edit, Add) for edit in self.edits.values())

@@ -1,6 +1,7 @@
 """Which tensors of a base checkpoint an adapter changes, and how; all of it known from headers, before a weight is read.
 
     <layer>.weight  +=  s B A        LoRA, W[out, in]; or its transpose, for GPT-2's Conv1D [in, out] and embeddings [V, d]
+    <layer>.weight   =  m (W + s B A) / |W + s B A|       DoRA: every row of [out, in] gets the norm m
     <name>           =  value        modules trained whole, and biases
 
 What does not fit is an error here, with nothing written.
@@ -9,7 +10,7 @@ What does not fit is an error here, with nothing written.
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,17 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Add:
-    """weight += scaling * B A, or its transpose."""
+    """weight += scaling * B A, or its transpose; then, with a magnitude, each row of [out, in] gets that norm."""
 
     A: str
     B: str
     scaling: float
     turned: bool
+    magnitude: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.A, self.B) if self.magnitude is None else (self.A, self.B, self.magnitude)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,8 @@ def plan_merge(adapter: Path, files: CheckpointFiles, adapter_files: CheckpointF
     fan = bool(config.get("fan_in_fan_out"))
     wanted: dict[str, Edit] = {}
     for layer, pair in parts.factors.items():
-        wanted[f"{layer}.weight"] = Add(pair["A"], pair["B"], layers[layer].scaling, layer in parts.lookups)
+        magnitude = parts.magnitudes.get(layer)
+        wanted[f"{layer}.weight"] = Add(pair["A"], pair["B"], layers[layer].scaling, layer in parts.lookups, magnitude)
     for layer, key in parts.biases.items():
         wanted[f"{layer}.bias"] = Replace(key)
     for name, key in parts.others.items():
@@ -142,9 +149,7 @@ def _orient(edits: dict[str, Edit], files: CheckpointFiles, adapter_files: Check
             "Merge in memory (inject, load_adapter_weights, merge_peft), where the layer itself tells."
         )
     turn = {*turned_only, *(square if fan else ())}
-    return {
-        name: Add(edit.A, edit.B, edit.scaling, True) if isinstance(edit, Add) and name in turn else edit for name, edit in edits.items()
-    }
+    return {name: replace(edit, turned=True) if isinstance(edit, Add) and name in turn else edit for name, edit in edits.items()}
 
 
 def _untangle_ties(

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from d9d_lora.layers import AdaptedConv1D, AdaptedLayer
+from d9d_lora.methods.delta import Delta
+from d9d_lora.methods.dora import DoRADelta
 from d9d_lora.methods.lora import LoRADelta
 from d9d_lora.state.names import clean
 from d9d_lora.targets import by_name, named
@@ -29,7 +31,7 @@ class AdapterError(ValueError):
 
 def config_of(model: nn.Module, layers: Sequence[AdaptedLayer], *, bias: str, whole: list[str]) -> dict[str, Any]:
     """The config that makes PEFT build these layers with these scalings; JSON types only."""
-    deltas: dict[str, LoRADelta] = {layer.name: layer.delta for layer in layers}  # type: ignore[misc]
+    deltas = {layer.name: low_rank(layer.delta) for layer in layers}
     rslora = all(delta.rule == "rslora" for delta in deltas.values())
     ranks = {name: delta.r for name, delta in deltas.items()}
     # PEFT has one rule for all layers: where ours differ, alpha says it, such that alpha / r is the layer's own scaling
@@ -57,9 +59,26 @@ def config_of(model: nn.Module, layers: Sequence[AdaptedLayer], *, bias: str, wh
         "revision": None,
         "target_modules": targets_of(list(deltas), _names(model)),
         "task_type": None,
-        "use_dora": False,
+        "use_dora": _dora(layers),
         "use_rslora": rslora,
     }
+
+
+def low_rank(delta: Delta) -> LoRADelta:
+    """The product B A of a delta, without a magnitude."""
+    low = delta.low if isinstance(delta, DoRADelta) else delta
+    assert isinstance(low, LoRADelta)
+    return low
+
+
+def _dora(layers: Sequence[AdaptedLayer]) -> bool:
+    have = {isinstance(layer.delta, DoRADelta): layer.name for layer in layers}
+    if len(have) == 2:
+        raise AdapterError(
+            f"{have[True]} has a magnitude (DoRA) and {have[False]} has none; PEFT has one `use_dora` for all layers. Train both alike, "
+            "or export the merged model."
+        )
+    return True in have
 
 
 def dump(config: dict[str, Any]) -> str:
@@ -89,11 +108,12 @@ def targets_of(adapted: list[str], every: list[str]) -> list[str] | str:
 def check_config(config: dict[str, Any], layers: Sequence[AdaptedLayer]) -> None:
     """That PEFT's reading of a config gives every layer its own rank and scaling, and trains none of them whole."""
     for layer in layers:
-        delta = layer.delta
-        assert isinstance(delta, LoRADelta)
+        delta = low_rank(layer.delta)
         r, scaling = meaning(config, layer.name)
         if r != delta.r or abs(scaling - delta.scaling) > 1e-12 * abs(delta.scaling):
             raise AdapterError(f"{layer.name}: the config says r={r} and scaling {scaling}; the layer has {delta}")
+        if bool(config.get("use_dora")) != isinstance(layer.delta, DoRADelta):
+            raise AdapterError(f"{layer.name}: the config says use_dora={config.get('use_dora')}; the layer has {layer.delta}")
         if not named(layer.name, config["target_modules"]):
             raise AdapterError(f"{layer.name} is adapted, and target_modules does not select it")
         # PEFT compares these by the end of the text, without a dot

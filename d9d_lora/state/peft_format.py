@@ -3,6 +3,7 @@
     adapter_config.json          what peft.LoraConfig(**json) takes: sorted, the same bytes for the same adapter
     adapter_model.safetensors    base_model.model.<layer>.lora_A.weight [r, in], .lora_B.weight [out, r]
                                  base_model.model.<layer>.lora_embedding_A [r, V], .lora_embedding_B [d, r]
+                                 base_model.model.<layer>.lora_magnitude_vector [out]          DoRA
                                  base_model.model.<layer>.base_layer.bias        a trained bias of an adapted layer
                                  base_model.model.<name>                         everything else that is trained
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from d9d_lora.layers import AdaptedLayer
+from d9d_lora.methods.dora import MAGNITUDE
 from d9d_lora.placement import full_of, local_of
 from d9d_lora.state.atomic import (
     TEMPORARY,
@@ -58,6 +60,8 @@ _FACTORS = {
     (False, "lora_B"): "lora_B.weight",
     (True, "lora_A"): "lora_embedding_A",
     (True, "lora_B"): "lora_embedding_B",
+    (False, MAGNITUDE): MAGNITUDE,
+    (True, MAGNITUDE): MAGNITUDE,
 }
 
 
@@ -305,7 +309,10 @@ def load_adapter_weights(model: nn.Module, path: str | os.PathLike[str]) -> Load
             if layer.name in copies:
                 _same_base(files, copies[layer.name], layer)
         known = [f"^{re.escape(copies[layer.name])}$" for layer in trained.layers if layer.name in copies]
-        return load_checkpoint(model, files, mapper, skip=others, ignore_unexpected=known)
+        report = load_checkpoint(model, files, mapper, skip=others, ignore_unexpected=known)
+    for layer in trained.layers:
+        layer.started |= not layer.delta.moves_base  # every factor has its value, those that start from the weight too
+    return report
 
 
 def _same_base(files: CheckpointFiles, key: str, layer: AdaptedLayer) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from d9d_lora.methods.dora import MAGNITUDE
 from d9d_lora.methods.lora import LoRA, LoRAConfig
 from d9d_lora.state.names import PEFT_PREFIX, clean
 from d9d_lora.state.peft_config import CONFIG, WEIGHTS, AdapterError, meaning, pattern_of, targets_of
@@ -25,7 +26,6 @@ from d9d_lora.walk import names_of_modules
 
 # Fields with which the same tensors give another output. Each is refused unless it has one of these values.
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "use_dora": ((None, False), "DoRA is not read yet"),
     "use_qalora": ((None, False), "QA-LoRA pools its input"),
     "lora_bias": ((None, False), "biases on B are not known here"),
     "use_bdlora": ((None, False), "block-diagonal factors are not known here"),
@@ -46,7 +46,7 @@ _HARMLESS = {
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+    "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 
 
@@ -56,6 +56,7 @@ class Parts:
 
     factors: dict[str, dict[str, str]] = field(default_factory=dict)  # layer -> {"A" or "B": key}
     lookups: set[str] = field(default_factory=set)  # layers of `factors` that are embeddings
+    magnitudes: dict[str, str] = field(default_factory=dict)  # layer -> key of its DoRA magnitude
     base_copies: dict[str, str] = field(default_factory=dict)  # layer -> key of a copy of its base weight
     biases: dict[str, str] = field(default_factory=dict)  # adapted layer -> key of its bias
     others: dict[str, str] = field(default_factory=dict)  # name in the base model -> key
@@ -80,6 +81,8 @@ def parts_of(keys: Iterable[str]) -> Parts:
                 strange.append(key)
             parts.factors.setdefault(match[1], {})[match[3]] = key
             parts.lookups |= {match[1]} if match[2] else set()
+        elif name != key and name.endswith(f".{MAGNITUDE}"):
+            parts.magnitudes[name.removesuffix(f".{MAGNITUDE}")] = key
         elif name == key or re.search(r"(^|\.)(lora_|token_adapter\.|modules_to_save\.)", name):
             strange.append(key)
         elif name.endswith(".base_layer.weight"):
@@ -90,7 +93,8 @@ def parts_of(keys: Iterable[str]) -> Parts:
             parts.others[name] = key
     halves = [pair for pair in parts.factors.values() if len(pair) == 1]
     strange += [key for pair in halves for key in pair.values()]
-    strange += [key for la, key in [*parts.base_copies.items(), *parts.biases.items()] if la not in parts.factors]
+    beside = [*parts.base_copies.items(), *parts.biases.items(), *parts.magnitudes.items()]
+    strange += [key for la, key in beside if la not in parts.factors]
     if strange:
         raise AdapterError(
             f"{sorted(strange)[:5]} are no keys of a LoRA adapter, or lack their partner: expected {PEFT_PREFIX}<layer>."
@@ -190,6 +194,10 @@ def meanings(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Parts, dict[
             shapes = files.shape(pair["A"]), files.shape(pair["B"])
             if any(len(shape) != 2 for shape in shapes) or (shapes[0][0], shapes[1][1]) != (r, r):
                 faults.append(f"{layer}: A {shapes[0]} and B {shapes[1]}, expected [{r}, in] and [out, {r}]")
+            magnitude = files.shape(parts.magnitudes[layer]) if layer in parts.magnitudes else None
+            expected = shapes[1][:1] if config.get("use_dora") else None
+            if magnitude != expected:
+                faults.append(f"{layer}: {MAGNITUDE} {magnitude}, expected {expected}, as use_dora is {config.get('use_dora')}")
             alpha = by_name(config.get("alpha_pattern") or {}, layer, config["lora_alpha"])
             found[layer] = LayerMeaning(r, alpha, scaling)
     if faults:
@@ -235,6 +243,7 @@ def method_of(path: str | os.PathLike[str], model: nn.Module | None = None) -> L
                     "alpha": alpha,
                     "dropout": config.get("lora_dropout") or 0.0,
                     "scaling": "rslora" if config.get("use_rslora") else "lora",
+                    "use_dora": bool(config.get("use_dora")),
                 },
             }
         )

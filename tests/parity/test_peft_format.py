@@ -77,6 +77,8 @@ CASES = {
         },
     ),
     "rslora": ("llama", {"target_modules": ATTENTION, "params": {"r": 4, "alpha": 6, "scaling": "rslora"}}),
+    "dora": ("llama", {"target_modules": [*ATTENTION, "embed_tokens"], "params": {"r": 4, "alpha": 6, "use_dora": True}}),
+    "dora gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "params": {"r": 4, "alpha": 6, "use_dora": True}}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
     "gpt2 biases": ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
@@ -135,6 +137,9 @@ THEIRS = {
         },
     ),
     "rslora": ("llama", {"target_modules": ATTENTION, "use_rslora": True}),
+    "dora": ("llama", {"target_modules": [*ATTENTION, "embed_tokens"], "use_dora": True}),
+    "dora bias": ("qwen2", {"target_modules": ["q_proj"], "use_dora": True, "use_rslora": True, "bias": "lora_only"}),
+    "dora gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
     "bias all": ("qwen2", {"target_modules": ["q_proj"], "bias": "all"}),
@@ -304,7 +309,7 @@ def change(path, **fields):
 @pytest.mark.parametrize(
     "fields,said",
     [
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, r"lora_magnitude_vector None, expected \(\d+,\)"),
         ({"peft_type": "IA3"}, "only 'LORA'"),
         ({"init_lora_weights": "pissa_niter_4"}, "moved the base"),
         ({"trainable_token_indices": [1]}, "trained rows"),
