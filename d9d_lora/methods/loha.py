@@ -79,6 +79,12 @@ class LoHaDelta(Drops):
         return A1 if gate is None else A1 * gate[:, None], B1, A2, B2
 
     def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
+        if not product_is_cheaper(1 << 30, f.rows.stop - f.rows.start, f.cols.stop - f.cols.start, self.r):
+            raise NotImplementedError(f"{self}: a product of rank r^2 costs more than building dW; ask for `dense`, `apply` or `look_up`")
+        return self.product(f)
+
+    def product(self, f: Parts) -> tuple[Tensor, Tensor]:
+        """(B[O,R^2], A[R^2,I])."""
         A1, B1, A2, B2 = self.two(f)
         return (A1[:, :, None] * A2[:, None, :]).flatten(1), (B1[:, None] * B2[None]).flatten(0, 1)
 
@@ -91,7 +97,8 @@ class LoHaDelta(Drops):
     def apply(self, x: Tensor, f: Parts) -> Tensor:
         into = x.shape[-1]
         if product_is_cheaper(x.numel() // max(1, into), f.rows.stop - f.rows.start, into, self.r):
-            return super().apply(x, f)
+            B, A = self.product(f)
+            return linear(linear(x, A) * self.scaling, B)
         two = self.two(f)  # outside: a recomputation may come when the clock has moved on
         y: Tensor = checkpoint(lambda x, *two: linear(x, self._dense(*two)), x, *two, use_reentrant=False, preserve_rng_state=False)
         return y
