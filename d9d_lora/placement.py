@@ -27,7 +27,6 @@ generator seeded from (seed, full name), and each rank keeps its part (`fill_`).
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +36,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 
 @dataclass(frozen=True)
@@ -149,22 +148,26 @@ def box_of(p: Tensor) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(offset, shape))
 
 
-def place_like(weight: Tensor, weight_axes: str, shape: torch.Size, axes: str, dtype: torch.dtype) -> Tensor:
-    """An empty tensor with dimensions `axes`, sharded as the weight is along the letters they share, whole along the others."""
+def place_like(
+    weight: Tensor, weight_axes: str, shape: torch.Size, axes: str, dtype: torch.dtype, device: torch.device | str | None = None
+) -> Tensor:
+    """An empty tensor with dimensions `axes`, sharded as the weight is along the letters they share, whole along the others.
+
+    `device`: where it is, if not where the weight is; "meta" for its outline alone.
+    """
     if not isinstance(weight, DTensor):
-        return torch.empty(shape, dtype=dtype, device=weight.device)
+        return torch.empty(shape, dtype=dtype, device=device or weight.device)
     placements: list[Placement] = []
     for p in weight.placements:
         letter = None if p.is_replicate() else weight_axes[p.dim]  # type: ignore[attr-defined]
         if letter is None or letter not in axes:
             placements.append(Replicate())
         else:
-            placed = copy(p)  # a _StridedShard stays one
-            object.__setattr__(placed, "dim", axes.index(letter))
-            placements.append(placed)
+            dim = axes.index(letter)  # a _StridedShard stays one
+            placements.append(_StridedShard(dim, split_factor=p.split_factor) if isinstance(p, _StridedShard) else Shard(dim))
     empty = torch.empty(shape, dtype=dtype, device="meta")
     local, _ = compute_local_shape_and_global_offset(shape, weight.device_mesh, placements)
-    part = torch.empty(local, dtype=dtype, device=weight.to_local().device)
+    part = torch.empty(local, dtype=dtype, device=device or weight.to_local().device)
     return DTensor.from_local(part, weight.device_mesh, placements, run_check=False, shape=shape, stride=empty.stride())
 
 
@@ -258,6 +261,8 @@ class ReplicatedSum:
         self._others = list(in_parts)
         for layer in self._layers:
             layer.sums_own_parts = False  # [Note: who sums the replicated factor's gradient]
+            for factor in layer.shared.values():
+                factor.sums_own_parts = False
 
     def _parameters(self) -> Iterator[tuple[nn.Parameter, DeviceMesh]]:
         seen: set[int] = set()  # a shared factor is met in many layers, and travels once

@@ -42,6 +42,7 @@ class Geometry:
         taps: The kernel size of a convolution.
         groups: Of a convolution.
         lookup: The input is an index into I: an embedding.
+        quantised: The weight is held in few bits, and cannot be moved.
     """
 
     out: int
@@ -49,6 +50,7 @@ class Geometry:
     taps: tuple[int, ...] = ()
     groups: int = 1
     lookup: bool = False
+    quantised: bool = False
 
 
 class Parts(dict[str, Tensor]):
@@ -80,6 +82,9 @@ class Delta(ABC):
     moves_base: bool = False
     """Whether the start is subtracted from the base weight, so that the model is unchanged (PiSSA and its kin)."""
 
+    loftq_iter: int = 0
+    """How often LoftQ alternates, if `lora_A` and `lora_B` start from the error of a quantised base (`init/loftq.py`)."""
+
     @property
     def noisy(self) -> bool:
         """Whether a training forward draws at random, and so needs the clock."""
@@ -101,6 +106,10 @@ class Delta(ABC):
     @abstractmethod
     def start(self, factor: str, *, lookup: bool) -> Draw | None:
         """How a factor begins: fills the whole tensor from a generator, or None for zero. `lookup`: the input is an index."""
+
+    def stream(self, factor: str) -> str:
+        """The name whose random numbers a factor draws: its own, unless factors of a layer must draw the same."""
+        return factor
 
     def start_from(self, weight: "Thin", f: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole starting values of factors that follow from the base weight; `f` are the whole factors as `start` left them."""
