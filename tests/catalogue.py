@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInputOutput, RowwiseParallel, SequenceParallel
 from transformers.pytorch_utils import Conv1D
 
 from d9d_lora.train.model import sum_gradients
@@ -88,6 +88,19 @@ class Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
+class Along(nn.Module):
+    """A convolution over the tokens of [rows, length, channels]; in two dimensions they are a picture with two columns."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.transpose(1, 2)
+        h = h.unflatten(2, (-1, 2)) if len(self.conv.kernel_size) == 2 else h
+        return self.conv(h).flatten(2).transpose(1, 2)
+
+
 class Toy(nn.Module):
     """Token ids -> values per token, through an embedding and two blocks."""
 
@@ -121,6 +134,10 @@ LAYERS = {
     "linear_bias": Layer(lambda i, o: nn.Linear(i, o), ["up", "down"]),
     "conv1d": Layer(lambda i, o: Conv1D(o, i), ["up", "down"]),
     "embedding": Layer(lambda i, o: nn.Linear(i, o), ["embed"]),
+    "conv2d": Layer(lambda i, o: Along(nn.Conv2d(i, o, (3, 1), padding=(1, 0))), ["conv"], planned=False),
+    "conv_groups": Layer(
+        lambda i, o: Along(nn.Conv1d(i, o, 3, padding=2, dilation=2, groups=4, bias=False)), ["conv"], planned=False
+    ),
 }
 
 # -- layouts --------------------------------------------------------------------------------------------------------------------
@@ -166,6 +183,15 @@ def plan_of(model: Toy, sequence: bool, *, planned: bool = True) -> dict[str, An
         if sequence:
             plan[f"blocks.{i}.norm"] = SequenceParallel(use_local_output=True)
         if not planned:
+            if sequence:  # they need all tokens: gathered around each, as a user would
+                for name in ("up", "down"):
+                    plan[f"blocks.{i}.{name}"] = PrepareModuleInputOutput(
+                        input_layouts=Shard(1),
+                        desired_input_layouts=Replicate(),
+                        use_local_input=True,
+                        output_layouts=Replicate(),
+                        desired_output_layouts=Shard(1),
+                    )
             continue
         plan[f"blocks.{i}.up"] = ColwiseParallel(input_layouts=between)
         plan[f"blocks.{i}.down"] = RowwiseParallel(output_layouts=between)

@@ -3,10 +3,11 @@
 from torch import nn
 
 from d9d_lora.layers.base import AdaptedLayer, Factor
+from d9d_lora.layers.conv import AdaptedConv
 from d9d_lora.layers.embedding import AdaptedEmbedding
 from d9d_lora.layers.linear import AdaptedConv1D, AdaptedLinear
 
-LAYERS: list[type[AdaptedLayer]] = [AdaptedConv1D, AdaptedLinear, AdaptedEmbedding]
+LAYERS: list[type[AdaptedLayer]] = [AdaptedConv1D, AdaptedLinear, AdaptedEmbedding, AdaptedConv]
 
 
 def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
@@ -14,4 +15,4 @@ def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
     return next((kind for kind in LAYERS if kind.fits(module)), None)
 
 
-__all__ = ["LAYERS", "AdaptedConv1D", "AdaptedEmbedding", "AdaptedLayer", "AdaptedLinear", "Factor", "kind_of"]
+__all__ = ["LAYERS", "AdaptedConv", "AdaptedConv1D", "AdaptedEmbedding", "AdaptedLayer", "AdaptedLinear", "Factor", "kind_of"]
