@@ -1,18 +1,18 @@
 """Every adapter method but its delta: which layers, wrapping them all or none, merging, undoing. A method says `delta_for(name)`."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedLayer, AdaptedLinear, kind_of
-from d9d_lora.layers.base import Factor
+from d9d_lora.layers.shared import SharedFactor
 from d9d_lora.method import InjectionError, PeftInjectionResult, PeftMethod
 from d9d_lora.methods.delta import Delta, DoesNotFit
 from d9d_lora.placement import local_of
@@ -37,6 +37,15 @@ class AdapterConfig(Targets):
 
     kind: str
     seed: int = Field(0, description="seed of the starting values and dropout masks; they depend on it and on names, not on the layout")
+    unused: ClassVar[Mapping[str, str]] = {}
+    """Targeting fields that mean nothing to the method, and why: giving one is an error."""
+
+    @model_validator(mode="after")
+    def _refuse_unused(self) -> Self:
+        for field, why in self.unused.items():
+            if getattr(self, field):
+                raise ValueError(f"{field} would be ignored: {why}. Leave it out")
+        return self
 
 
 TAdapter = TypeVar("TAdapter", bound=AdapterConfig)
@@ -74,7 +83,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
     def from_config(cls, config: TAdapter) -> Self:
         return cls(config)
 
-    def shared_factors(self, layers: list[AdaptedLayer]) -> dict[str, Factor]:
+    def shared_factors(self, layers: list[AdaptedLayer]) -> dict[str, SharedFactor]:
         """The factors that all `layers` share (a vector bank), by the names of `Delta.shared`; the model's root will own them."""
         return {}
 
@@ -158,12 +167,14 @@ class AdapterMethod(PeftMethod[TAdapter]):
         config.check_all_used(matched, candidates, [n for ns, _ in names for n in ns])
         return sites, passed_over + left_alone
 
-    def _share(self, module: nn.Module, shared: dict[str, Factor], layers: Iterable[AdaptedLayer]) -> None:
+    def _share(self, module: nn.Module, shared: dict[str, SharedFactor], layers: Iterable[AdaptedLayer]) -> None:
         """Registers shared factors at the root, which owns and shards them; layers only refer to them."""
         for name, factor in shared.items():
             module.add_module(name, factor)
         for layer in layers:
             layer.shared = shared
+            for factor in shared.values():
+                factor.place(layer.placing.mesh)
 
     def _modules_to_save(self, module: nn.Module) -> list[nn.Parameter]:
         """Parameters of modules trained whole. Sharing a weight with a module that is not named would train that one too."""
@@ -268,7 +279,11 @@ class AdapterMethod(PeftMethod[TAdapter]):
 
     def initialise(self, module: nn.Module, batches: Iterable[Any] = (), *, resume: bool = False) -> None:
         """Starts every factor, where a meta build left none. The values are those of an injection into a model with weights."""
-        for _, layer in self.layers(module):
+        layers = self.layers(module)
+        for factor in layers[0][1].shared.values() if layers else ():
+            factor.refuse_unsharded(layer for _, layer in layers)
+            factor.reset_parameters()
+        for _, layer in layers:
             layer.reset_parameters()
             if layer.delta.moves_base:
                 if resume:

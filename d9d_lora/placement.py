@@ -263,6 +263,8 @@ class ReplicatedSum:
             layer.sums_own_parts = False  # [Note: who sums the replicated factor's gradient]
             for factor in layer.shared.values():
                 factor.sums_own_parts = False
+            for factor in layer.shared.values():
+                factor.sums_own_parts = False
 
     def _parameters(self) -> Iterator[tuple[nn.Parameter, DeviceMesh]]:
         seen: set[int] = set()  # a shared factor is met in many layers, and travels once

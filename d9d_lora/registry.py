@@ -20,6 +20,9 @@ BUILT_IN = {
     "lora": ("d9d_lora.methods.lora", "LoRAConfig", "LoRA"),
     "adalora": ("d9d_lora.methods.adalora", "AdaLoRAConfig", "AdaLoRA"),
     "dora": ("d9d_lora.methods.lora", "DoRAConfig", "LoRA"),
+    "vblora": ("d9d_lora.methods.vblora", "VBLoRAConfig", "VBLoRA"),
+    "vera": ("d9d_lora.methods.vera", "VeRAConfig", "VeRA"),
+    "randlora": ("d9d_lora.methods.randlora", "RandLoRAConfig", "RandLoRA"),
     "full_tune": ("d9d_lora.methods.full_tune", "FullTuneConfig", "FullTune"),
     "stack": ("d9d_lora.methods.stack", "PeftStackConfig", "PeftStack"),
 }

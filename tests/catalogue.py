@@ -27,6 +27,7 @@ class Method:
         first: The factors that have a gradient after the first backward (the others wait for these to leave zero).
         first_lookup: The same on an embedding.
         exact: The start leaves the output as it was to the bit, and not only to rounding.
+        moves: How far the start may move the output, of a method that starts near zero and not at it.
         refuses: layer -> words of the sentence with which that layer is refused.
         steps: Optimiser steps that are compared with one process.
     """
@@ -35,6 +36,7 @@ class Method:
     first: set[str]
     first_lookup: set[str] | None = None
     exact: bool = True
+    moves: float = 0.0
     refuses: dict[str, str] = field(default_factory=dict)
     steps: int = 2
 
@@ -67,6 +69,17 @@ METHODS: dict[str, Method] = {
         {"lora_B", "lora_magnitude_vector"},
         {"lora_A", "lora_magnitude_vector"},
         exact=False,
+    ),
+    "vblora": Method(
+        {"kind": "vblora", "params": {"r": 3, "num_vectors": 7, "vector_length": 4, "topk": 2}},
+        {"vblora_logits_A", "vblora_logits_B"},
+        moves=0.01,
+        refuses=dict.fromkeys(("embedding", "conv_groups"), "vector_length=4 does not divide"),
+    ),
+    "vera": Method({"kind": "vera", "params": {"r": 5}}, {"vera_lambda_b"}),
+    "randlora": Method({"kind": "randlora", "params": {"r": 5, "alpha": 6}}, {"randlora_lambda"}),
+    "randlora_sparse": Method(
+        {"kind": "randlora", "params": {"r": 4, "alpha": 2, "sparse": True, "projection_prng_key": 3}}, {"randlora_lambda"}
     ),
 }
 

@@ -13,6 +13,9 @@ They are a buffer that no file and no checkpoint holds: each process draws them 
 on every layout and device. They stay whole on every rank, as each layer takes another piece of them.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -60,6 +63,18 @@ class SharedFactor(nn.Module):
         placed = distribute_tensor(self.weight.detach(), mesh, [Replicate()], src_data_rank=None)
         self.weight = nn.Parameter(placed, requires_grad=self.weight.requires_grad)
         self._watch()
+
+    def refuse_unsharded(self, layers: Iterable[Any]) -> None:
+        """Raises if `fully_shard` manages the layers and not this factor: each data-parallel rank would train another one."""
+        if not self.trained:
+            return
+        for layer in layers:
+            meshes = {p.device_mesh for p in layer.factors().values() if isinstance(p, DTensor)} - {layer.placing.mesh}
+            if meshes and not meshes & {getattr(self.weight, "device_mesh", None)}:
+                raise ValueError(
+                    f"{layer.name} is under fully_shard, but the {self.name} it shares with other layers is not: its gradient would not "
+                    "be reduced. Call fully_shard on the module that was injected too, after its blocks."
+                )
 
     def local(self, *, parts: bool) -> Tensor:
         """To compute with. `parts`: the layer that asks computes only this rank's part of the gradient."""
