@@ -25,6 +25,8 @@ DELIBERATE = {
     ("peft/lora", "params.r"),
     ("peft/lora", "params.alpha"),
     ("peft/full_tune", "module_name_pattern"),
+    ("peft/loha", "target_modules"),
+    ("peft/lokr", "target_modules"),
 }
 
 
