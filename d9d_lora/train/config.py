@@ -67,6 +67,7 @@ class OptimConfig(Strict):
     """AdamW, its schedule and the clip."""
 
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    lora_plus_ratio: float | None = Field(None, gt=0, description="LoRA+: the learning rate of B over that of all else")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averages")
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)

@@ -1,7 +1,12 @@
-"""AdamW with fp32 state, its schedule, a clip that works over mixed meshes, and the state by name for a checkpoint."""
+"""AdamW with fp32 state, its schedule, a clip that works over mixed meshes, and the state by name for a checkpoint.
+
+LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B, which starts at zero, learns at `lora_plus_ratio` times the rate of A.
+"""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +14,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from d9d_lora.placement import at_least_fp32, local_of
 from d9d_lora.train.config import OptimConfig
+
+_IS_B = re.compile(r"\.lora_B(_bias)?\.weight$")
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -23,7 +30,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 def adamw(params: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trained parameters, with its state allocated: a checkpoint is loaded into what exists."""
     optimiser = torch.optim.AdamW(
-        list(params.values()), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        groups_of(params, config.lora_plus_ratio), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
     for p in params.values():
         optimiser.state[p] = {
@@ -32,6 +39,24 @@ def adamw(params: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.opti
             "exp_avg_sq": torch.zeros_like(p),
         }
     return optimiser
+
+
+def groups_of(params: Mapping[str, nn.Parameter], ratio: float | None) -> list[dict[str, Any]]:
+    """The parameters, apart by `ratio`: what the learning rate of a group is multiplied by."""
+    if ratio is None:
+        return [{"params": list(params.values()), "ratio": 1.0}]
+    fast = [p for name, p in params.items() if _IS_B.search(name)]
+    if not fast:
+        raise ValueError(
+            f"optim.lora_plus_ratio={ratio} is for the factor B of LoRA, and this method trains no `lora_B`; raise optim.lr instead"
+        )
+    rest = [p for name, p in params.items() if not _IS_B.search(name)]
+    return [{"params": rest, "ratio": 1.0}, {"params": fast, "ratio": ratio}]
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group["ratio"]
 
 
 def optimiser_state(params: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ from d9d_lora.train.checks import Coverage, check_replicas
 from d9d_lora.train.config import RunConfig
 from d9d_lora.train.data import load_data, show_samples
 from d9d_lora.train.encode import IGNORE
-from d9d_lora.train.optim import adamw, clip_, learning_rate, optimiser_state
+from d9d_lora.train.optim import adamw, clip_, learning_rate, optimiser_state, set_learning_rate
 from d9d_lora.train.packing import check_packing
 from d9d_lora.train.report import Tracker, census, show_census, size
 from d9d_lora.train.world import World
@@ -152,8 +152,6 @@ class Trainer:
                 f"{size(models.bytes_held(self.model))} held"
             )
         self.method.initialise(self.model, resume=self.found is not None)
-        if config.data.packing:
-            check_packing(self.model, vocab_size=len(self.tokenizer), device=world.device)
         self.params = {clean(n): p for n, p in sorted(self.model.named_parameters(), key=lambda x: clean(x[0])) if p.requires_grad}
         if not self.params:
             raise ValueError("nothing would be trained: the targets match, but every one has r = 0; give at least one layer a rank")
@@ -222,6 +220,8 @@ class Trainer:
         """Trains to the last step, and returns what a summary needs. Resumes by itself, as the config says."""
         loop = self.config.train
         self._resume()
+        if self.config.data.packing:  # not before: a resume completes the starts that move the base
+            check_packing(self.model, vocab_size=len(self.tokenizer), device=self.world.device)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._told_to_stop)
         check_replicas(self.params, "at the start")
@@ -275,8 +275,7 @@ class Trainer:
         targets, tokens, told = self.world.sum_over_dp(torch.tensor(here, **_wide(device))).tolist()
         self._stop = told > 0  # every rank learns of a signal in the same step
         rate = learning_rate(config.optim, self.step, config.train.steps)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimiser, rate)
         total = torch.zeros((), **_wide(device))
         for i, batch in enumerate(micro):
             for m in self.fsdp:
