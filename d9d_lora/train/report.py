@@ -47,8 +47,11 @@ def census(module: nn.Module, shards: int = 1) -> dict[str, Any]:
 
     for layer in adapted_layers(module):
         tell(layer.name, str(layer.delta), layer.base.weight, str(layer.placing), layer.factors())  # type: ignore[arg-type]
+    shared = {id(f.weight) for layer in adapted_layers(module) for f in layer.shared.values()}
     for name, p in module.named_parameters():
-        if p.requires_grad and id(p) not in seen:
+        if id(p) in shared:
+            tell(name, "shared by all layers", p, placement_of(p), {"weight": p})
+        elif p.requires_grad and id(p) not in seen:
             tell(name, "whole", p, placement_of(p), {"weight": p})
     table = list(rows.values())
     return {

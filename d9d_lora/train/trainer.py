@@ -199,7 +199,8 @@ class Trainer:
 
     def _in_fp32(self) -> bool:
         """Parameters trained whole are trained in fp32, as factors are; returns whether there are any."""
-        factors = {id(p) for la in adapted_layers(self.model) for p in la.factors().values()}
+        layers = list(adapted_layers(self.model))
+        factors = {id(p) for la in layers for p in [*la.factors().values(), *(f.weight for f in la.shared.values())]}
         widened: dict[int, nn.Parameter] = {}  # `p.data = ...` would do nothing on a DTensor, so parameters are replaced; ties hold
         for m in self.model.modules():
             for name, p in m.named_parameters(recurse=False, remove_duplicate=False):
