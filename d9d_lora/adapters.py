@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedLayer, AdaptedLinear, kind_of
+from d9d_lora.layers.among import DEFAULT
 from d9d_lora.layers.shared import SharedFactor
 from d9d_lora.method import InjectionError, PeftInjectionResult, PeftMethod
 from d9d_lora.methods.delta import Delta, DoesNotFit
-from d9d_lora.placement import local_of
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperRename
 from d9d_lora.state.names import renames
 from d9d_lora.targets import ALL_LINEAR, Targets
@@ -25,6 +25,7 @@ from d9d_lora.walk import (
     names_of_modules,
     output_head,
     prefixes,
+    refuse_several,
     refuse_sharded,
     refuse_tied,
     reshard,
@@ -63,17 +64,22 @@ class Site:
 
 @dataclass
 class Merged:
-    """A layer that was merged: its names, itself, and this rank's part of the base weight as it was (None: not kept)."""
+    """A layer that was merged: its names, itself, and what makes its base what it was (None: not kept)."""
 
     names: list[str]
     layer: AdaptedLayer
-    original: Tensor | None
+    original: Any
 
 
 class AdapterMethod(PeftMethod[TAdapter]):
-    """A method that adds a delta to layers. Subclasses say which delta: `delta_for(name)`."""
+    """A method that adds a delta to layers. Subclasses say which delta: `delta_for(name)`.
+
+    Attributes:
+        adapter: The name of the adapter that this object works on, where layers have several (`named.py`).
+    """
 
     kind: ClassVar[str]
+    adapter: str = DEFAULT
 
     def __init__(self, config: TAdapter) -> None:
         self.config = config
@@ -122,7 +128,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
                 mappers += [ModelStateMapperRename(old, new) for old, new in renames(name, site.base)]
             train += layer.factors().values()
         self._share(module, shared, layers)
-        if any(layer.dropout.p > 0 for layer in layers):
+        if any(layer.delta.noisy for layer in layers):
             clock.attach(module)
         train += [factor.weight for factor in shared.values() if isinstance(factor.weight, nn.Parameter)]
         train += [p for p in [*biases, *saved] if not any(p is q for q in train)]
@@ -202,11 +208,9 @@ class AdapterMethod(PeftMethod[TAdapter]):
 
     def layers(self, module: nn.Module) -> list[tuple[list[str], AdaptedLayer]]:
         """The layers of `module` that this method, or another object of the same config, has adapted."""
-        return [
-            (names, m)
-            for names, m in names_of_modules(module)
-            if isinstance(m, AdaptedLayer) and m.delta.kind == self.kind and any(self.config.wants(n) for n in names)
-        ]
+        hosts = [(names, m) for names, m in names_of_modules(module) if isinstance(m, AdaptedLayer)]
+        named = [(names, layer) for names, m in hosts if (layer := m.adapters_by_name().get(self.adapter)) is not None]
+        return [(names, m) for names, m in named if m.delta.kind == self.kind and any(self.config.wants(n) for n in names)]
 
     @torch.no_grad()
     def merge(self, module: nn.Module, *, undoable: bool = True) -> None:
@@ -222,7 +226,10 @@ class AdapterMethod(PeftMethod[TAdapter]):
         layers = self.layers(module)
         if not layers:
             raise ValueError(f"nothing to merge: the model has no {self.kind} adapter of this config. Inject it, or load one, first.")
+        refuse_several(module)
         refuse_tied(module, layers)
+        for _, layer in layers:
+            layer.check_merge()
         reshard(module)
         whole = [layer.whole_factors() for _, layer in layers]
         for (names, _), factors in zip(layers, whole):
@@ -231,8 +238,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
                     raise ValueError(f"{names[0]}.{factor} has values that are not finite; merging it would spoil the base weight.")
         merged = []
         for (names, layer), factors in zip(layers, whole):
-            weight: Tensor = layer.base.weight  # type: ignore[assignment]
-            original = local_of(weight).clone() if undoable else None
+            original = layer.keep() if undoable else None
             base = layer.merge_with_base_(factors)
             for name in names:
                 module.set_submodule(name, base)
@@ -253,15 +259,16 @@ class AdapterMethod(PeftMethod[TAdapter]):
                 raise ValueError(f"{m.names[0]} has been changed since the merge; remove what was injected there before unmerging.")
         reshard(module)
         for m in self._merged.pop(module):
-            local_of(m.layer.base.weight).copy_(m.original)  # type: ignore[arg-type]
+            m.layer.put_back(m.original)
             m.layer.take_over()
             for name in m.names:
                 module.set_submodule(name, m.layer)
             self._share(module, m.layer.shared, [])
-            if m.layer.dropout.clock is not None and m.layer.dropout.p > 0:
+            if m.layer.dropout.clock is not None and m.layer.delta.noisy:
                 m.layer.dropout.clock.attach(module)
 
     def remove(self, module: nn.Module) -> None:
+        refuse_several(module)
         layers = self.layers(module)
         for names, layer in layers:
             base = layer.give_back()
@@ -292,7 +299,8 @@ class AdapterMethod(PeftMethod[TAdapter]):
                     layer.move_base()
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
-        return {f"{layer.name}.{name}.origin": t for _, layer in self.layers(module) for name, t in layer.origin.items()}
+        where = "" if self.adapter == DEFAULT else f"adapters.{self.adapter}."
+        return {f"{layer.name}.{where}{name}.origin": t for _, layer in self.layers(module) for name, t in layer.origin.items()}
 
     def restore(self, module: nn.Module) -> None:
         for _, layer in self.layers(module):

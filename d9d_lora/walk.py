@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedLayer
+from d9d_lora.layers.among import DEFAULT
 from d9d_lora.method import InjectionError
 
 
@@ -80,6 +81,15 @@ def refuse_adapted(module: nn.Module) -> None:
             f"the model already has adapters (the first is {layer.name!r}). Merge or remove them first; to combine methods, "
             "inject one PeftStack."
         )
+
+
+def refuse_several(module: nn.Module) -> None:
+    for layer in adapted_layers(module):
+        if layer.others() or layer.active != (DEFAULT,):
+            raise ValueError(
+                f"{layer.name} has several adapters ({', '.join(layer.adapters_by_name())}), and a method object knows one. Merge with "
+                "`merge_adapters(model)`, which folds the active ones, or remove one with `delete_adapter(model, name)`."
+            )
 
 
 def refuse_trained_bases(module: nn.Module, train: Container[int]) -> None:

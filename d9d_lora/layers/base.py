@@ -31,7 +31,7 @@ from d9d_lora.methods.nothing import Nothing
 from d9d_lora.placement import Placing, at_least_fp32, box_of, fill_, full_of, local_of, place_like, sum_after_backward
 from d9d_lora.thin import Thin
 
-_HOOKS = (
+HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks",
@@ -97,6 +97,7 @@ class AdaptedLayer(nn.Module):
         self._start: Parts | None = None
         self.active: tuple[str, ...] = (DEFAULT,)
         self.rows: Rows | None = None
+        self.thawed: frozenset[str] = frozenset()  # the factors to train again once this adapter is active again
         self.shared: dict[str, SharedFactor] = {}  # factors that all layers of the method share; the model's root owns them
         weight: Tensor = base.weight  # type: ignore[assignment]
         dtype = adapter_dtype(self.base_dtype)
@@ -199,6 +200,11 @@ class AdaptedLayer(nn.Module):
         if self.active == (DEFAULT,) and self.rows is None and "adapters" not in self._modules:
             return [Work(self)]
         return works(self.adapters_by_name(), self.active, self.rows)
+
+    def refer_to_base(self) -> None:
+        """Makes this layer another adapter of the layer that owns the base."""
+        base = self._modules.pop("base")
+        object.__setattr__(self, "base", base)
 
     def stand_in(self) -> nn.Module | None:
         """The module that is called instead, if one alone does the work: the bare base, or another adapter."""
@@ -335,12 +341,12 @@ class AdaptedLayer(nn.Module):
 
     def take_over(self) -> Self:
         """[Note: hooks move with the layer]"""
-        _move_hooks(self.base, self)
+        move_hooks(self.base, self)
         return self
 
     def give_back(self) -> nn.Module:
         """The base, with its hooks; this layer must not be called any more."""
-        _move_hooks(self, self.base)
+        move_hooks(self, self.base)
         return self.base
 
     # -- merge -------------------------------------------------------------------------------------------------------------
@@ -440,9 +446,9 @@ def refuses_weight(module: nn.Module) -> str | None:
     return None
 
 
-def _move_hooks(source: nn.Module, target: nn.Module) -> None:
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
     # The dictionaries themselves move, not their entries: handles returned by register_* hold references to them.
-    for attribute in _HOOKS:
+    for attribute in HOOKS:
         ours, theirs = getattr(source, attribute), getattr(target, attribute)
         if ours and not theirs:
             setattr(target, attribute, ours)
