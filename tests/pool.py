@@ -5,6 +5,7 @@ order of ranks. `fn` is a module-level function; arguments and results travel by
 hangs fails the call, and the pool is replaced: its other ranks may be stuck in a collective.
 """
 
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -51,6 +52,7 @@ def _serve(pipe: Any) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            gc.collect()  # models are full of cycles, and while one holds a mesh, the threads of its process groups live on
             torch.set_default_dtype(torch.float32)
 
 
