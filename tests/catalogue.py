@@ -83,6 +83,18 @@ METHODS: dict[str, Method] = {
     ),
 }
 
+METHODS["merged"] = Method(
+    {"kind": "lora", "params": {"r": 2, "alpha": 4, "enable_lora": [True, False, True, True]}},
+    {"lora_B"},
+    refuses={"embedding": "enable_lora is for fused linear layers"},
+)
+METHODS["merged_dora"] = Method(
+    {"kind": "dora", "params": {"r": 2, "alpha": 4, "enable_lora": [True, True]}},
+    {"lora_B", "lora_magnitude_vector"},
+    exact=False,
+    refuses={"embedding": "enable_lora is for fused linear layers"},
+)
+
 # -- layers: a small model that holds the layer column-parallel and row-parallel ------------------------------------------------
 
 WIDTH, HIDDEN, VOCAB = 12, 20, 19

@@ -20,8 +20,10 @@ from d9d_lora.dropout import Clock
 from d9d_lora.init.blind import BLIND, draw_of
 from d9d_lora.init.weights import factors_of, is_from_weight
 from d9d_lora.layers import AdaptedLayer, AdaptedLinear
+from d9d_lora.method import InjectionError
 from d9d_lora.methods.delta import Delta, DoesNotFit, Draw, Geometry, Parts
 from d9d_lora.methods.dora import DoRADelta
+from d9d_lora.methods.merged import MergedDelta, check_slices, found
 from d9d_lora.thin import Thin
 
 
@@ -40,6 +42,8 @@ class LoRAParameters(BaseModel):
     )
     lora_bias: bool = Field(False, description="a bias on B as well; merging needs a base with a bias")
     use_dora: bool = Field(False, description="learn a magnitude for every output row as well: `methods/dora.py`")
+    enable_lora: list[bool] | None = Field(None, description="of layers that are several in one, which have an update: `methods/merged.py`")
+    slices: list[int] | None = Field(None, description="the output features of each of these; null: as the model tells, or equal")
 
     @model_validator(mode="before")
     @classmethod
@@ -72,6 +76,9 @@ class LoRAParameters(BaseModel):
             raise ValueError(f"lora_bias goes with init_lora_weights true or false, got {start!r}: other starts say nothing of the bias")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias and use_dora exclude each other: the magnitude would scale the bias too. Give one of them")
+        check_slices(self.enable_lora, self.slices)
+        if self.enable_lora and (self.lora_bias or start not in (True, False, "gaussian")):
+            raise ValueError("enable_lora goes with init_lora_weights true, false or gaussian, and without lora_bias")
         return self
 
 
@@ -181,9 +188,9 @@ class LoRADelta(Delta):
         )
 
 
-def delta_of(params: LoRAParameters, *, r: int | None = None, alpha: float | None = None) -> LoRADelta | DoRADelta:
+def delta_of(params: LoRAParameters, *, r: int | None = None, alpha: float | None = None) -> LoRADelta | DoRADelta | MergedDelta:
     """The delta that a layer's hyperparameters describe, with its own rank and alpha where a pattern gives them."""
-    low = LoRADelta(
+    low: LoRADelta | MergedDelta = LoRADelta(
         params.r if r is None else r,
         params.alpha if alpha is None else alpha,
         params.dropout,
@@ -192,6 +199,8 @@ def delta_of(params: LoRAParameters, *, r: int | None = None, alpha: float | Non
         params.init_zero,
         params.lora_bias,
     )
+    if params.enable_lora:
+        low = MergedDelta(low, tuple(params.enable_lora), tuple(params.slices or ()))
     return DoRADelta(low) if params.use_dora else low
 
 
@@ -211,7 +220,7 @@ class LoRALinear(AdaptedLinear):
         name: str = "",
         seed: int | None = None,
         clock: Clock | None = None,
-        delta: LoRADelta | DoRADelta | None = None,
+        delta: LoRADelta | DoRADelta | MergedDelta | None = None,
     ) -> None:
         if params.r == 0 and delta is None:
             raise ValueError("LoRALinear needs r >= 1; with r = 0 there is no adapter: use the layer as it is")
@@ -225,15 +234,25 @@ class LoRA(AdapterMethod[LoRAConfig]):
 
     kind = "lora"
 
-    def delta_for(self, name: str) -> LoRADelta | DoRADelta | None:
+    def delta_for(self, name: str) -> LoRADelta | DoRADelta | MergedDelta | None:
         params = self.config.params
         r = self.config.rank(name, params.r)
         return delta_of(params, r=r, alpha=self.config.alpha(name, params.alpha)) if r else None
 
+    def sites(self, module: nn.Module) -> tuple[list[Site], list[str]]:
+        sites, passed_over = super().sites(module)
+        for site in sites if self.config.params.enable_lora else ():
+            host = module.get_submodule(site.names[0].rpartition(".")[0])
+            try:
+                site.delta = found(site.delta, host, site.layer.geometry(site.base).out)
+            except DoesNotFit as error:
+                raise InjectionError(f"{site.names[0]}: {error}") from error
+        return sites, passed_over
+
     def wrap(self, site: Site, clock: Clock) -> AdaptedLayer:
         if site.layer is AdaptedLinear:
             assert isinstance(site.base, nn.Linear)
-            assert isinstance(site.delta, LoRADelta | DoRADelta)
+            assert isinstance(site.delta, LoRADelta | DoRADelta | MergedDelta)
             return LoRALinear(
                 site.base, self.config.params, name=site.names[0], seed=self.config.seed, clock=clock, delta=site.delta
             )
