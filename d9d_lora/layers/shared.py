@@ -86,6 +86,10 @@ class SharedFactor(nn.Module):
         t = p.to_local()
         return t if parts else t.detach() + (t - t.detach()) / p.device_mesh.size()
 
+    def forward(self, x: Any) -> Any:
+        """x: a root that calls its children in turn (`nn.Sequential`) passes here too."""
+        return x
+
     def _watch(self) -> None:
         if isinstance(self.weight, DTensor) and isinstance(self.weight, nn.Parameter):
             sum_after_backward(self.weight)
