@@ -161,7 +161,9 @@ def parts_in_training(delta, f, time, name="layer"):
     return parts
 
 
-@pytest.mark.parametrize("delta", [LoHaDelta(2, 4, 0.4), LoHaDelta(9, 4, 0.4), LoKrDelta(2, 4, 0.4), LoKrDelta(2, 4, 0.4, rank_dropout_scale=True)])
+@pytest.mark.parametrize(
+    "delta", [LoHaDelta(2, 4, 0.4), LoHaDelta(9, 4, 0.4), LoKrDelta(2, 4, 0.4), LoKrDelta(2, 4, 0.4, rank_dropout_scale=True)]
+)
 def test_rows_are_dropped_alike_by_every_way_to_compute(delta):
     delta, f = whole(delta, Geometry(OUT, INTO))
     dW, shares = by_definition(delta, f), []
@@ -260,7 +262,12 @@ def law_of_dropped_rows(rank, method, layer, layout_name, mutation):
     close(grads_of(model), grads_of(reference))
 
 
-CASES = [("loha", "linear", la) for la in ("tp2", "fsdp2_tp2")] + [("lokr", "linear", la) for la in PARALLEL] + [("lokr", "embedding", "tp2_sp")]
+CASES = [
+    *(("lokr", "linear", layout) for layout in PARALLEL),
+    ("lokr", "embedding", "tp2_sp"),
+    ("loha", "linear", "tp2"),
+    ("loha", "linear", "fsdp2_tp2"),
+]
 
 
 @pytest.mark.parametrize("method,layer,layout", CASES)
@@ -302,7 +309,8 @@ def test_mutation_blocks_of_rank_0_everywhere(pool):
 
 @pytest.mark.parametrize("layer", ["linear", "embedding"])
 @pytest.mark.parametrize("method,init,zero", [
-    ("loha", True, {"hada_w2_b"}), ("loha", False, set()), ("lokr", True, {"lokr_w1"}), ("lokr", "lycoris", {"lokr_w2_b"}), ("lokr", False, set()),
+    ("loha", True, {"hada_w2_b"}), ("loha", False, set()),
+    ("lokr", True, {"lokr_w1"}), ("lokr", "lycoris", {"lokr_w2_b"}), ("lokr", False, set()),
 ])  # fmt: skip
 def test_starts(method, init, zero, layer):
     model, _ = make(method, layer, LAYOUTS["one"], params={"r": 2, "alpha": 4, "init_weights": init})

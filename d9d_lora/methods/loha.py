@@ -1,7 +1,9 @@
-"""LoHa: dW = s (A1 B1) o (A2 B2), o elementwise, s = alpha / r; A1, A2 are hada_w1_a, hada_w2_a [O,R] and B1, B2 are hada_w1_b, hada_w2_b [R,I].
+"""LoHa: dW = s (A1 B1) o (A2 B2), o elementwise, s = alpha / r.
 
-Hyeon-Woo et al. 2021 (FedPara), arXiv:2108.06098; in the family LyCORIS, Yeh et al. 2023, arXiv:2309.14859. At the start hada_w2_b is zero and
-the others are Kaiming-uniform, so dW = 0; on an embedding hada_w1_b is normal, for there no sum over I is taken.
+A1, A2 [O,R] are hada_w1_a, hada_w2_a; B1, B2 [R,I] are hada_w1_b, hada_w2_b. At the start hada_w2_b is zero and the others are
+Kaiming-uniform, so dW = 0; on an embedding hada_w1_b is normal, for there no sum over I is taken.
+
+Hyeon-Woo et al. 2021 (FedPara), arXiv:2108.06098; in the family LyCORIS, Yeh et al. 2023, arXiv:2309.14859.
 
 With `use_effective_conv2d`, a convolution with a kernel larger than 1 has Tucker cores hada_t1, hada_t2 [R,R,taps]: hada_w*_a are [R,O],
 hada_w*_b are [R,C] over the C input channels, and B1[R,I] is hada_t1 times hada_w1_b, with I = C taps.
@@ -9,8 +11,8 @@ hada_w*_b are [R,C] over the C input channels, and B1[R,I] is hada_t1 times hada
 [Note: product or dense]
 The elementwise product of two products of rank R is one product of rank R^2 (rows of A1 times rows of A2, columns of B1 times
 columns of B2). For n inputs it costs n R^2 (O + I) multiplications; building dW costs O I (n + 2R). The cheaper one is taken. For many
-inputs they break even at R^2 = O I / (O + I): r = 45 for 4096 x 4096. Below that the R^2 numbers of an input are fewer than its I or O.
-The dense way keeps nothing of size O I for the backward, and builds it again there.
+inputs they break even at R^2 = O I / (O + I): R = 45 for 4096 x 4096. Below that the R^2 numbers of an input are fewer than its I or O.
+The dense way keeps nothing of size O I for the backward, and builds it again there. `factors` is for many inputs.
 """
 
 from collections.abc import Mapping

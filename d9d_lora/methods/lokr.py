@@ -1,8 +1,9 @@
 """LoKr: dW = s kron(w1, w2), s = alpha / r, with O = P U and I = Q V: dW[p U + u, q V + v] = s w1[p,q] w2[u,v].
 
-w1[P,Q] is lokr_w1, or lokr_w1_a [P,R] lokr_w1_b [R,Q] (`decompose_both`, where R < max(P, Q) / 2). w2[U,V] is lokr_w2 where R >= max(U, V) / 2,
-or lokr_w2_a [U,R] lokr_w2_b [R,V]. Of a convolution V = C taps, of which only C counts in that rule; its lokr_w2 is [U,C,taps], and with
-`use_effective_conv2d` and a kernel larger than 1 there are lokr_w2_a [R,U], lokr_w2_b [R,C] and a Tucker core lokr_t2 [R,R,taps].
+w1[P,Q] is lokr_w1, or lokr_w1_a [P,R] lokr_w1_b [R,Q] with `decompose_both`, where R < max(P, Q) / 2. w2[U,V] is lokr_w2 where
+R >= max(U, V) / 2, else lokr_w2_a [U,R] lokr_w2_b [R,V]. Of a convolution V = C taps, and only C counts in that rule; its lokr_w2 is
+[U,C,taps], and with `use_effective_conv2d` and a kernel larger than 1 there are lokr_w2_a [R,U], lokr_w2_b [R,C] and a Tucker core
+lokr_t2 [R,R,taps].
 
 Yeh et al. 2023 (LyCORIS), arXiv:2309.14859. At the start lokr_w1 (or lokr_w1_a) is zero and the others are Kaiming-uniform; with
 `init_weights: lycoris` it is lokr_w2 (or lokr_w2_b) that is zero. On an embedding the factors that hold columns are normal.
@@ -124,7 +125,7 @@ class LoKrDelta(Drops):
                 a, b = a.T, core(f["lokr_t2"], b)
         else:
             a, b = None, f["lokr_w2"].flatten(1)
-        P, U, Q, _ = self.split
+        _, U, Q, _ = self.split
         rows, columns = cover(f.rows, U), cover(cols, self.fitted.into // Q)
         w1 = w1[rows.blocks, columns.blocks] * self.scaling
         if a is None:
