@@ -50,6 +50,14 @@ class DoRADelta(Delta):
         return self.low.moves_base
 
     @property
+    def loftq_iter(self) -> int:  # type: ignore[override]
+        return self.low.loftq_iter
+
+    @property
+    def noisy(self) -> bool:
+        return self.low.noisy
+
+    @property
     def axes(self) -> Mapping[str, str]:
         return {**self.low.axes, MAGNITUDE: "O"}
 
@@ -61,6 +69,9 @@ class DoRADelta(Delta):
 
     def start(self, factor: str, *, lookup: bool) -> Draw | None:
         return None if factor == MAGNITUDE else self.low.start(factor, lookup=lookup)
+
+    def stream(self, factor: str) -> str:
+        return self.low.stream(factor)
 
     def stream(self, factor: str) -> str:
         return self.low.stream(factor)
