@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -31,7 +32,7 @@ class AdapterError(ValueError):
 
 def config_of(model: nn.Module, layers: Sequence[AdaptedLayer], *, bias: str, whole: list[str]) -> dict[str, Any]:
     """The config that makes PEFT build these layers with these scalings; JSON types only."""
-    deltas = {layer.name: low_rank(layer.delta) for layer in layers}
+    deltas = {layer.name: on_disk(layer) for layer in layers}
     rslora = all(delta.rule == "rslora" for delta in deltas.values())
     ranks = {name: delta.r for name, delta in deltas.items()}
     # PEFT has one rule for all layers: where ours differ, alpha says it, such that alpha / r is the layer's own scaling
@@ -67,8 +68,19 @@ def config_of(model: nn.Module, layers: Sequence[AdaptedLayer], *, bias: str, wh
 def low_rank(delta: Delta) -> LoRADelta:
     """The product B A of a delta, without a magnitude."""
     low = delta.low if isinstance(delta, DoRADelta) else delta
-    assert isinstance(low, LoRADelta)
+    if not isinstance(low, LoRADelta):
+        raise AdapterError(f"PEFT has no adapter such as {delta}; export the merged model")
     return low
+
+
+def on_disk(layer: AdaptedLayer) -> LoRADelta:
+    """The product as a file for the untouched base holds it: of a start B0 A0 that moved the base, [B|-B0] [A|A0] at the same scaling."""
+    low = low_rank(layer.delta)
+    if not low.moves_base:
+        return low
+    if not layer.origin:
+        raise AdapterError(f"{layer.name} ({layer.delta}) has not been started: call `method.initialise(model)` with the weights loaded")
+    return replace(low, r=2 * low.r, alpha=low.alpha * (2**0.5 if low.rule == "rslora" else 2))
 
 
 def _dora(layers: Sequence[AdaptedLayer]) -> bool:
@@ -108,7 +120,7 @@ def targets_of(adapted: list[str], every: list[str]) -> list[str] | str:
 def check_config(config: dict[str, Any], layers: Sequence[AdaptedLayer]) -> None:
     """That PEFT's reading of a config gives every layer its own rank and scaling, and trains none of them whole."""
     for layer in layers:
-        delta = low_rank(layer.delta)
+        delta = on_disk(layer)
         r, scaling = meaning(config, layer.name)
         if r != delta.r or abs(scaling - delta.scaling) > 1e-12 * abs(delta.scaling):
             raise AdapterError(f"{layer.name}: the config says r={r} and scaling {scaling}; the layer has {delta}")

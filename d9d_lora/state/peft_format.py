@@ -7,6 +7,9 @@
                                  base_model.model.<layer>.base_layer.bias        a trained bias of an adapted layer
                                  base_model.model.<name>                         everything else that is trained
 
+An adapter whose start moved the base weight (PiSSA, OLoRA) is written with that start beside it, [A|A0] and [B|-B0] of twice the rank:
+a plain adapter for the base as it was.
+
 Names and meanings are those of PEFT 0.21.2. `peft_config.py` makes the json, `peft_read.py` reads it; this file moves the tensors.
 """
 
@@ -73,6 +76,7 @@ class _Trained:
     tensors: dict[str, tuple[str, Tensor]]  # key in the file -> (name in the model, tensor)
     bias: str
     whole: list[str]  # modules trained whole
+    starts: dict[str, tuple[Tensor, int, int]]  # key -> (what the start took off the base weight, along which dimension it follows, sign)
 
 
 # -- save -------------------------------------------------------------------------------------------------------------
@@ -104,9 +108,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, base: str | 
         held: dict[str, Tensor] = {}
         for key in sorted(trained.tensors):
             value = _gathered(trained.tensors[key][1])
+            if key in trained.starts:
+                start, dim, sign = trained.starts[key]
+                value = torch.cat([value, sign * _gathered(start).to(value)], dim)
             if rank_and_world()[0] == 0:
                 held[key] = value.detach().cpu()
-        expected = {key: tuple(tensor.shape) for key, (_, tensor) in trained.tensors.items()}
+        expected = {key: _shape(trained, key) for key in trained.tensors}
         decided("writing the adapter", lambda: _write(final, held, expected, config, trained.layers))
     except RanksFailed as error:
         raise AdapterError(f"the adapter was not written to {final}: {error}") from error
@@ -122,6 +129,7 @@ def _trained(model: nn.Module) -> _Trained:
             "Modules trained whole alone are exported as a merged model."
         )
     tensors: dict[str, tuple[str, Tensor]] = {}
+    starts = {key: start for layer in layers for key, start in _starts(layer).items()}
     biases: dict[str, tuple[str, nn.Parameter]] = {}  # key in the file -> (name in the model, bias)
     whole: dict[str, tuple[str, nn.Module]] = {}
     for clear, path, m in modules:
@@ -150,7 +158,7 @@ def _trained(model: nn.Module) -> _Trained:
             whole[clear] = (owner, model.get_submodule(owner))
     for clear, (path, m) in whole.items():
         tensors |= _all_of(clear, path, m)
-    return _Trained(layers, tensors, mode, sorted(whole))
+    return _Trained(layers, tensors, mode, sorted(whole), starts)
 
 
 def _describe(model: nn.Module, trained: _Trained, base: str | None, task_type: str | None) -> dict[str, object]:
@@ -168,9 +176,25 @@ def _factors(path: str, layer: AdaptedLayer) -> dict[str, tuple[str, Tensor]]:
     for name, p in layer.factors().items():
         if tuple(p.shape) != shapes[name]:
             raise AdapterError(f"{layer.name}.{name} is {tuple(p.shape)}; {layer.delta} makes it {shapes[name]}")
-        key = f"{PEFT_PREFIX}{layer.name}.{_FACTORS[layer.lookup, name]}"
-        found[key] = (f"{path}.{name}.weight", p)
+        found[_key(layer, name)] = (f"{path}.{name}.weight", p)
     return found
+
+
+def _key(layer: AdaptedLayer, factor: str) -> str:
+    return f"{PEFT_PREFIX}{layer.name}.{_FACTORS[layer.lookup, factor]}"
+
+
+def _starts(layer: AdaptedLayer) -> dict[str, tuple[Tensor, int, int]]:
+    """B A - B0 A0 = [B|-B0] [A|A0]: with its start beside it, an adapter that moved the base fits the base as it was."""
+    joined = {"lora_A": (0, 1), "lora_B": (1, -1)}
+    return {_key(layer, name): (t, *joined[name]) for name, t in layer.origin.items() if name in joined}
+
+
+def _shape(trained: _Trained, key: str) -> tuple[int, ...]:
+    shape = list(trained.tensors[key][1].shape)
+    if key in trained.starts:
+        shape[trained.starts[key][1]] *= 2
+    return tuple(shape)
 
 
 def _bias_mode(biases: dict[str, tuple[str, nn.Parameter]]) -> str:
@@ -298,6 +322,11 @@ def load_adapter_weights(model: nn.Module, path: str | os.PathLike[str]) -> Load
     read_adapter_config(path)
     reshard(model)
     trained = _trained(model)
+    if moved := [layer for layer in trained.layers if layer.delta.moves_base]:
+        raise AdapterError(
+            f"the start of {moved[0].name} ({moved[0].delta}) moves the base weight, and {path} is for untouched ones. Inject "
+            "`method_of(path)` into the base as it was, and load into that"
+        )
     state = dict(named_state(model))
     mine = {name for name, _ in trained.tensors.values()}
     ours = {id(state[name]) for name in mine}
