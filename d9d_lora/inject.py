@@ -3,6 +3,7 @@
 from torch import nn
 
 from d9d_lora.method import PeftMethod
+from d9d_lora.quant.linear import NF4Linear
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperParallel
 from d9d_lora.walk import refuse_adapted
 
@@ -34,8 +35,14 @@ def inject_peft_and_freeze(method: PeftMethod, module: nn.Module) -> ModelStateM
     return ModelStateMapperParallel(result.load_state_mappers)
 
 
-def merge_peft(method: PeftMethod, module: nn.Module) -> None:
-    """Folds what a method learned into the base weights and removes its layers. Undone by `unmerge_peft`."""
+def merge_peft(method: PeftMethod, module: nn.Module, *, dequantise: bool = False) -> None:
+    """Folds what a method learned into the base weights and removes its layers. Undone by `unmerge_peft`.
+
+    `dequantise`: put plain layers in the place of quantised ones, which cannot hold the sum; without it those are refused.
+    """
+    for m in module.modules() if dequantise else ():
+        if isinstance(m, NF4Linear):
+            m.merge_dequantises = True
     method.merge(module)
 
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism of a model that has adapters, and of GPT-2's Conv1D: torch's own parallel styles, told about both.
+"""Tensor parallelism of a model that has adapters, of GPT-2's Conv1D and of quantised layers: torch's own styles, told about them.
 
 Either order works:
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.distributed.tensor.placement_types import Placement
 
 from d9d_lora.layers import AdaptedLayer
+from d9d_lora.quant.linear import PACKED_AXES, NF4Linear
 from d9d_lora.walk import clock_of
 
 
@@ -78,36 +79,47 @@ def retie(model: nn.Module, ties: list[list[str]]) -> None:
             model.get_submodule(owner).register_parameter(leaf, p)
 
 
-# -- GPT-2's Conv1D: y = x W + b with W[in, out] --------------------------------------------------------------------------------
+# -- linear layers that are no nn.Linear: GPT-2's Conv1D, y = x W + b with W[in, out], and packed weights ------------------------
 
 
 def for_conv1d(style: ParallelStyle, module: nn.Module) -> ParallelStyle:
-    """torch's column and row styles refuse a Conv1D: the same styles with the weight's dimensions swapped."""
-    host = sys.modules.get("transformers.pytorch_utils")
-    if host is None or not isinstance(module, host.Conv1D) or not isinstance(style, ColwiseParallel | RowwiseParallel):
+    """torch's column and row styles refuse all but `nn.Linear`: the same styles, by the letters of the module's tensors."""
+    if not isinstance(style, ColwiseParallel | RowwiseParallel):
         return style
-    return _Conv1DStyle(style)
+    host = sys.modules.get("transformers.pytorch_utils")
+    if host is not None and isinstance(module, host.Conv1D):
+        return _LinearStyle(style, {"weight": "IO", "bias": "O"})
+    if isinstance(module, NF4Linear):
+        return _LinearStyle(style, {**PACKED_AXES._asdict(), "bias": "O"})
+    return style
 
 
-class _Conv1DStyle(ParallelStyle):
-    def __init__(self, style: ColwiseParallel | RowwiseParallel) -> None:
+class _LinearStyle(ParallelStyle):
+    """Column or row parallelism of a layer whose tensors have dimensions of these letters."""
+
+    def __init__(self, style: ColwiseParallel | RowwiseParallel, axes: Mapping[str, str]) -> None:
         super().__init__()
-        self.style = style
+        self.style, self.axes = style, axes
         self.src_data_rank = style.src_data_rank
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         column = isinstance(self.style, ColwiseParallel)
-        weight, bias, wanted = (Shard(1), Shard(0), Replicate()) if column else (Shard(0), Replicate(), Shard(-1))
+        letter, wanted = ("O", Replicate()) if column else ("I", Shard(-1))
+        if isinstance(module, NF4Linear) and not column:
+            module.check_columns(device_mesh.size())
+        placements = {n: Shard(axes.index(letter)) if letter in axes else Replicate() for n, axes in self.axes.items()}
         return distribute_module(
             module,
             device_mesh,
-            lambda name, m, mesh: self._place(m, mesh, {"weight": weight, "bias": bias}),
+            lambda name, m, mesh: self._place(m, mesh, placements),
             partial(self.style._prepare_input_fn, self.style.input_layouts, (wanted,)),  # type: ignore[arg-type]
             partial(self.style._prepare_output_fn, self.style.output_layouts, self.style.use_local_output),  # type: ignore[arg-type]
         )
 
     def _place(self, module: nn.Module, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
         for name, placement in placements.items():
-            p = module.get_parameter(name)
+            p: nn.Parameter | None = getattr(module, name)
+            if p is None:
+                continue
             part = distribute_tensor(p, mesh, [placement], src_data_rank=self.src_data_rank)
             module.register_parameter(name, nn.Parameter(part, requires_grad=p.requires_grad))

@@ -13,6 +13,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInputOutput, RowwiseParallel, SequenceParallel
 from transformers.pytorch_utils import Conv1D
 
+from d9d_lora.quant.load import quantise_
 from d9d_lora.train.model import sum_gradients
 
 # -- methods ------------------------------------------------------------------------------------------------------------------
@@ -70,6 +71,41 @@ METHODS: dict[str, Method] = {
         {"lora_A", "lora_magnitude_vector"},
         exact=False,
     ),
+    "gaussian": Method(
+        {"kind": "lora", "params": {"r": 3, "alpha": 6, "init_lora_weights": "gaussian", "init_zero": "A"}}, {"lora_A"}
+    ),
+    "orthogonal": Method(
+        {"kind": "lora", "params": {"r": 4, "alpha": 6, "init_lora_weights": "orthogonal"}}, {"lora_A", "lora_B"}, moves=1e-7
+    ),
+    "pissa": Method(
+        {"kind": "lora", "params": {"r": 3, "alpha": 6, "init_lora_weights": "pissa"}},
+        {"lora_A", "lora_B"},
+        exact=False,
+        refuses={"nf4": "moves the base weight"},
+    ),
+    "pissa_rounds": Method(
+        {"kind": "lora", "params": {"r": 3, "alpha": 6, "scaling": "rslora", "init_lora_weights": "pissa_niter_2"}},
+        {"lora_A", "lora_B"},
+        exact=False,
+        refuses={"nf4": "moves the base weight"},
+    ),
+    "pissa_dora": Method(
+        {"kind": "dora", "params": {"r": 3, "alpha": 6, "init_lora_weights": "pissa"}},
+        {"lora_A", "lora_B", "lora_magnitude_vector"},
+        exact=False,
+        refuses={"nf4": "moves the base weight"},
+    ),
+    "olora": Method(
+        {"kind": "lora", "params": {"r": 3, "alpha": 6, "init_lora_weights": "olora"}},
+        {"lora_A", "lora_B"},
+        exact=False,
+        refuses={"nf4": "moves the base weight"},
+    ),
+    "loha": Method({"kind": "loha", "params": {"r": 2, "alpha": 4}}, {"hada_w2_b"}),
+    "loha_dense": Method({"kind": "loha", "params": {"r": 4, "alpha": 4}}, {"hada_w2_b"}),
+    "lokr": Method({"kind": "lokr", "params": {"r": 2, "alpha": 4}}, {"lokr_w1"}),
+    "lokr_both": Method({"kind": "lokr", "params": {"r": 1, "alpha": 2, "decompose_both": True}}, {"lokr_w1_a"}),
+    "lokr_full": Method({"kind": "lokr", "params": {"r": 10, "alpha": 10, "init_weights": "lycoris"}}, {"lokr_w2"}),
     "vblora": Method(
         {"kind": "vblora", "params": {"r": 3, "num_vectors": 7, "vector_length": 4, "topk": 2}},
         {"vblora_logits_A", "vblora_logits_B"},
@@ -81,6 +117,15 @@ METHODS: dict[str, Method] = {
     "randlora_sparse": Method(
         {"kind": "randlora", "params": {"r": 4, "alpha": 2, "sparse": True, "projection_prng_key": 3}}, {"randlora_lambda"}
     ),
+    **{
+        f"{kind}_tucker": Method(
+            {"kind": kind, "params": {"r": 2, "alpha": 4, "use_effective_conv2d": True}},
+            {first},
+            refuses=dict.fromkeys(("linear", "linear_bias", "conv1d", "embedding", "nf4"), "none of the targets is a convolution"),
+        )
+        for kind, first in (("loha", "hada_w2_b"), ("lokr", "lokr_w1"))
+    },
+    "lokr_factor": Method({"kind": "lokr", "params": {"r": 2, "alpha": 4, "decompose_factor": 2}}, {"lokr_w1"}),
 }
 
 METHODS["merged"] = Method(
@@ -103,11 +148,11 @@ WIDTH, HIDDEN, VOCAB = 12, 20, 19
 class Block(nn.Module):
     """x + down(gelu(up(norm(x)))): `up` is column-parallel, `down` row-parallel."""
 
-    def __init__(self, linear: Callable[[int, int], nn.Module]) -> None:
+    def __init__(self, linear: Callable[[int, int], nn.Module], hidden: int = HIDDEN) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.up = linear(WIDTH, HIDDEN)
-        self.down = linear(HIDDEN, WIDTH)
+        self.up = linear(WIDTH, hidden)
+        self.down = linear(hidden, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
@@ -129,10 +174,10 @@ class Along(nn.Module):
 class Toy(nn.Module):
     """Token ids -> values per token, through an embedding and two blocks."""
 
-    def __init__(self, linear: Callable[[int, int], nn.Module]) -> None:
+    def __init__(self, linear: Callable[[int, int], nn.Module], hidden: int = HIDDEN) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH, padding_idx=2)
-        self.blocks = nn.ModuleList([Block(linear), Block(linear)])
+        self.blocks = nn.ModuleList([Block(linear, hidden), Block(linear, hidden)])
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -147,11 +192,15 @@ class Layer:
 
     Attributes:
         planned: `up` and `down` are in the tensor-parallel plan; others stay whole on every tensor-parallel rank.
+        hidden: The width between `up` and `down`.
+        quantised: They are packed in four bits once they have their values, in blocks of 6 columns; a merge may unpack them.
     """
 
     linear: Callable[[int, int], nn.Module]
     targets: list[str]
     planned: bool = True
+    hidden: int = HIDDEN
+    quantised: bool = False
 
 
 LAYERS = {
@@ -163,6 +212,7 @@ LAYERS = {
     "conv_groups": Layer(
         lambda i, o: Along(nn.Conv1d(i, o, 3, padding=2, dilation=2, groups=4, bias=False)), ["conv"], planned=False
     ),
+    "nf4": Layer(lambda i, o: nn.Linear(i, o), ["up", "down"], hidden=24, quantised=True),
 }
 
 # -- layouts --------------------------------------------------------------------------------------------------------------------
@@ -240,13 +290,17 @@ def dp_rank(layout: Layout) -> int:
 # -- the task: the same on every layout ------------------------------------------------------------------------------------------
 
 
-def build(layer: str, dtype: torch.dtype = torch.float64) -> Toy:
+def build(layer: str, dtype: torch.dtype = torch.float64, *, quantise: bool = True) -> Toy:
     """The model with weights that depend on nothing but the names."""
-    model = Toy(LAYERS[layer].linear).to(dtype)
+    row = LAYERS[layer]
+    model = Toy(row.linear, row.hidden).to(dtype)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3)
+    if row.quantised and quantise:
+        for name in quantise_(model, row.targets, block=6):
+            model.get_submodule(name).merge_dequantises = True  # type: ignore[assignment]
     return model
 
 

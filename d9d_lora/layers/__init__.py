@@ -6,8 +6,9 @@ from d9d_lora.layers.base import AdaptedLayer, Factor
 from d9d_lora.layers.conv import AdaptedConv
 from d9d_lora.layers.embedding import AdaptedEmbedding
 from d9d_lora.layers.linear import AdaptedConv1D, AdaptedLinear
+from d9d_lora.layers.nf4 import AdaptedNF4Linear
 
-LAYERS: list[type[AdaptedLayer]] = [AdaptedConv1D, AdaptedLinear, AdaptedEmbedding, AdaptedConv]
+LAYERS: list[type[AdaptedLayer]] = [AdaptedConv1D, AdaptedLinear, AdaptedNF4Linear, AdaptedEmbedding, AdaptedConv]
 
 
 def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
@@ -15,4 +16,14 @@ def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
     return next((kind for kind in LAYERS if kind.fits(module)), None)
 
 
-__all__ = ["LAYERS", "AdaptedConv", "AdaptedConv1D", "AdaptedEmbedding", "AdaptedLayer", "AdaptedLinear", "Factor", "kind_of"]
+__all__ = [
+    "LAYERS",
+    "AdaptedConv",
+    "AdaptedConv1D",
+    "AdaptedEmbedding",
+    "AdaptedLayer",
+    "AdaptedLinear",
+    "AdaptedNF4Linear",
+    "Factor",
+    "kind_of",
+]

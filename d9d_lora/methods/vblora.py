@@ -65,7 +65,7 @@ class VBLoRAConfig(AdapterConfig):
 
     kind: Literal["vblora"] = "vblora"
     params: VBLoRAParameters = Field(default_factory=VBLoRAParameters)  # type: ignore[arg-type]
-    unused = dict.fromkeys(("rank_pattern", "alpha_pattern"), "VB-LoRA has one rank for all layers, and no alpha")
+    unused = {**dict.fromkeys(("rank_pattern", "alpha_pattern"), "VB-LoRA has one rank for all layers, and no alpha"), "target_parameters": "it adapts whole layers, whose sizes are multiples of the vectors' length"}
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class VBLoRA(AdapterMethod[VBLoRAConfig]):
 
     def shared_factors(self, layers: list[AdaptedLayer]) -> dict[str, SharedFactor]:
         p, weight = self.config.params, layers[0].base.weight
-        like = torch.empty((), dtype=adapter_dtype(weight.dtype), device=weight.device)  # type: ignore[arg-type]
+        like = torch.empty((), dtype=adapter_dtype(layers[0].base_dtype), device=weight.device)  # type: ignore[arg-type]
         draw = partial(_uniform, p.init_vector_bank_bound)
         shape = (p.num_vectors, p.vector_length)
         return {BANK: SharedFactor(shape, like, draw, seed=self.config.seed, name=BANK, trained=True)}

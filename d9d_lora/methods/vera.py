@@ -52,7 +52,7 @@ class VeRAConfig(AdapterConfig):
 
     kind: Literal["vera"] = "vera"
     params: VeRAParameters = Field(default_factory=VeRAParameters)  # type: ignore[arg-type]
-    unused = dict.fromkeys(("rank_pattern", "alpha_pattern"), "all layers share the bases, whose rank is r, and there is no alpha")
+    unused = {**dict.fromkeys(("rank_pattern", "alpha_pattern"), "all layers share the bases, whose rank is r, and there is no alpha"), "target_parameters": "it adapts whole layers, which share the bases"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class VeRA(AdapterMethod[VeRAConfig]):
     def shared_factors(self, layers: list[AdaptedLayer]) -> dict[str, SharedFactor]:
         p, weight = self.config.params, layers[0].base.weight
         into, out = max(la.in_size for la in layers), max(la.out_size for la in layers)
-        like = torch.empty((), dtype=adapter_dtype(weight.dtype), device=weight.device)  # type: ignore[arg-type]
+        like = torch.empty((), dtype=adapter_dtype(layers[0].base_dtype), device=weight.device)  # type: ignore[arg-type]
         shapes = {"vera_A": (p.r, into), "vera_B": (out, p.r)}
         key = p.projection_prng_key
         draws = {"vera_A": partial(_draw_A, key), "vera_B": partial(_draw_B, key, (p.r, into))}
