@@ -202,7 +202,7 @@ def sum_over_boxes(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return totals
 
 
-def _counts(p: DTensor) -> bool:
+def _counts(p: Any) -> bool:
     """Whether this rank is the first of those that hold the same box."""
     return not any(s.is_replicate() and p.device_mesh.get_local_rank(i) for i, s in enumerate(p.placements))
 
@@ -261,8 +261,6 @@ class ReplicatedSum:
         self._others = list(in_parts)
         for layer in self._layers:
             layer.sums_own_parts = False  # [Note: who sums the replicated factor's gradient]
-            for factor in layer.shared.values():
-                factor.sums_own_parts = False
             for factor in layer.shared.values():
                 factor.sums_own_parts = False
 
