@@ -20,6 +20,8 @@ BUILT_IN = {
     "lora": ("d9d_lora.methods.lora", "LoRAConfig", "LoRA"),
     "adalora": ("d9d_lora.methods.adalora", "AdaLoRAConfig", "AdaLoRA"),
     "dora": ("d9d_lora.methods.lora", "DoRAConfig", "LoRA"),
+    "loha": ("d9d_lora.methods.loha", "LoHaConfig", "LoHa"),
+    "lokr": ("d9d_lora.methods.lokr", "LoKrConfig", "LoKr"),
     "vblora": ("d9d_lora.methods.vblora", "VBLoRAConfig", "VBLoRA"),
     "vera": ("d9d_lora.methods.vera", "VeRAConfig", "VeRA"),
     "randlora": ("d9d_lora.methods.randlora", "RandLoRAConfig", "RandLoRA"),
