@@ -39,13 +39,13 @@ class AdapterConfig(Targets):
     kind: str
     seed: int = Field(0, description="seed of the starting values and dropout masks; they depend on it and on names, not on the layout")
     unused: ClassVar[Mapping[str, str]] = {}
-    """Targeting fields that mean nothing to the method, and why: giving one is an error."""
+    """Targeting fields that the method has no use for, and why: giving one is an error."""
 
     @model_validator(mode="after")
     def _refuse_unused(self) -> Self:
         for field, why in self.unused.items():
             if getattr(self, field):
-                raise ValueError(f"{field} would be ignored: {why}. Leave it out")
+                raise ValueError(f"{field} cannot be used with kind {self.kind!r}: {why}. Leave it out")
         return self
 
 

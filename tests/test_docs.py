@@ -25,6 +25,9 @@ DELIBERATE = {
     ("peft/lora", "params.r"),
     ("peft/lora", "params.alpha"),
     ("peft/full_tune", "module_name_pattern"),
+    ("peft/vblora", "target_modules"),
+    ("peft/vera", "target_modules"),
+    ("peft/randlora", "target_modules"),
     ("peft/loha", "target_modules"),
     ("peft/lokr", "target_modules"),
 }

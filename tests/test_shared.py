@@ -241,9 +241,10 @@ def test_bases_have_the_largest_sizes_of_all_layers():
 
 @pytest.mark.parametrize("params,words", [
     ({"kind": "vblora", "params": {"topk": 3, "num_vectors": 2}}, "lower topk"),
-    ({"kind": "vblora", "rank_pattern": {"up": 3}}, "rank_pattern would be ignored"),
+    ({"kind": "vblora", "rank_pattern": {"up": 3}}, "rank_pattern cannot be used with kind 'vblora'"),
     ({"kind": "vera", "params": {"d_initial": 0}}, "neither would ever get a gradient"),
-    ({"kind": "vera", "alpha_pattern": {"up": 3}}, "alpha_pattern would be ignored"),
+    ({"kind": "randlora", "target_parameters": ["experts.up"]}, "it adapts whole layers"),
+    ({"kind": "vera", "alpha_pattern": {"up": 3}}, "alpha_pattern cannot be used with kind 'vera'"),
     ({"kind": "randlora", "params": {"sparse": True, "very_sparse": True}}, "give one of them"),
     ({"kind": "vblora", "params": {"dropout": 0.1, "vblora_dropout": 0.2}}, "vblora_dropout"),
 ])  # fmt: skip

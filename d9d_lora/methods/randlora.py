@@ -68,7 +68,11 @@ class RandLoRAConfig(AdapterConfig):
 
     kind: Literal["randlora"] = "randlora"
     params: RandLoRAParameters = Field(default_factory=RandLoRAParameters)  # type: ignore[arg-type]
-    unused = dict.fromkeys(("rank_pattern", "alpha_pattern"), "all layers share the bases, whose rank is r, and have one alpha")
+    unused = {
+        "rank_pattern": "all layers share the bases, whose rank is r, and have one alpha",
+        "alpha_pattern": "all layers share the bases, whose rank is r, and have one alpha",
+        "target_parameters": "it adapts whole layers, which share the bases",
+    }
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,8 @@ class RandLoRA(AdapterMethod[RandLoRAConfig]):
         p, weight = self.config.params, layers[0].base.weight
         sizes = max(la.in_size for la in layers), max(la.out_size for la in layers)
         sparsity: Sparsity = "very_sparse" if p.very_sparse else "sparse" if p.sparse else "dense"
-        # half precision: dense bases are drawn in bfloat16, so this is what they are
-        like = torch.empty((), dtype=torch.bfloat16 if sparsity == "dense" else torch.float32, device=weight.device)  # type: ignore[arg-type]
+        dtype = torch.bfloat16 if sparsity == "dense" else torch.float32  # as they are drawn: nothing is lost
+        like = torch.empty((), dtype=dtype, device=weight.device)  # type: ignore[arg-type]
         draw = partial(_draw, p.projection_prng_key, p.r, min(sizes), max(sizes), sparsity)
         shapes = {"randlora_A": (p.r, 1, min(sizes)), "randlora_B": (max(sizes), bases(min(sizes), p.r), p.r)}
         key = p.projection_prng_key

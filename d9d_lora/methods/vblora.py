@@ -65,7 +65,11 @@ class VBLoRAConfig(AdapterConfig):
 
     kind: Literal["vblora"] = "vblora"
     params: VBLoRAParameters = Field(default_factory=VBLoRAParameters)  # type: ignore[arg-type]
-    unused = {**dict.fromkeys(("rank_pattern", "alpha_pattern"), "VB-LoRA has one rank for all layers, and no alpha"), "target_parameters": "it adapts whole layers, whose sizes are multiples of the vectors' length"}
+    unused = {
+        "rank_pattern": "VB-LoRA has one rank for all layers, and no alpha",
+        "alpha_pattern": "VB-LoRA has one rank for all layers, and no alpha",
+        "target_parameters": "it adapts whole layers, whose sizes are multiples of the vectors' length",
+    }
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,11 @@ class VeRAConfig(AdapterConfig):
 
     kind: Literal["vera"] = "vera"
     params: VeRAParameters = Field(default_factory=VeRAParameters)  # type: ignore[arg-type]
-    unused = {**dict.fromkeys(("rank_pattern", "alpha_pattern"), "all layers share the bases, whose rank is r, and there is no alpha"), "target_parameters": "it adapts whole layers, which share the bases"}
+    unused = {
+        "rank_pattern": "all layers share the bases, whose rank is r, and there is no alpha",
+        "alpha_pattern": "all layers share the bases, whose rank is r, and there is no alpha",
+        "target_parameters": "it adapts whole layers, which share the bases",
+    }
 
 
 @dataclass(frozen=True)
