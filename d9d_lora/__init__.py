@@ -10,11 +10,24 @@
     train; merge_peft(method, model)                          # or save the adapter
 """
 
+from d9d_lora.combine import add_weighted_adapter
 from d9d_lora.inject import inject_peft_and_freeze, merge_peft, unmerge_peft
 from d9d_lora.method import PeftInjectionResult, PeftMethod
 from d9d_lora.methods.full_tune import FullTune, FullTuneConfig
 from d9d_lora.methods.lora import LoRA, LoRAConfig, LoRALinear, LoRAParameters
 from d9d_lora.methods.stack import PeftStack, PeftStackConfig
+from d9d_lora.named import (
+    active_adapters,
+    adapter_names,
+    adapter_rows,
+    adapter_status,
+    add_adapter,
+    delete_adapter,
+    disable_adapters,
+    merge_adapters,
+    set_adapter,
+    unmerge_adapters,
+)
 from d9d_lora.registry import peft_method_from_config
 from d9d_lora.state.mappers import (
     ModelStateMapper,
@@ -40,8 +53,19 @@ __all__ = [
     "PeftStack",
     "PeftStackConfig",
     "StateGroup",
+    "active_adapters",
+    "adapter_names",
+    "adapter_rows",
+    "adapter_status",
+    "add_adapter",
+    "add_weighted_adapter",
+    "delete_adapter",
+    "disable_adapters",
     "inject_peft_and_freeze",
+    "merge_adapters",
     "merge_peft",
     "peft_method_from_config",
+    "set_adapter",
+    "unmerge_adapters",
     "unmerge_peft",
 ]

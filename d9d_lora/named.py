@@ -186,7 +186,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: if it is the only active one of several, or the model is under `fully_shard`; nothing has been changed then.
     """
-    known = _known(model, [name])
+    known = check_known(model, [name])
     if any(isinstance(m, FSDPModule) for m in model.modules()):
         raise InjectionError("the model is under fully_shard, which manages this adapter's factors: delete it before, or leave it inactive")
     active = active_adapters(model)
@@ -244,7 +244,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
         ValueError: for an unknown name, or for several adapters of which one scales the rows of the weight (DoRA).
     """
     names = [names] if isinstance(names, str) else list(names)
-    _known(model, names)
+    check_known(model, names)
     if not names:
         raise ValueError("name at least one adapter; `disable_adapters(model)` is the context in which none is active")
     if len(set(names)) < len(names):
@@ -289,7 +289,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         names: One for each row of this rank's batch, the first dimension of every adapted layer's input.
     """
     every = _switchable(model)
-    _known(model, [name for name in dict.fromkeys(names) if name != BASE])
+    check_known(model, [name for name in dict.fromkeys(names) if name != BASE])
     if model.training:
         raise ValueError("adapter_rows is for inference, as no gradient is defined for what each adapter learns; call model.eval() first")
     _refuse_gains(every, list(names), "works on some rows only")
@@ -442,7 +442,7 @@ def check_name(model: nn.Module, name: str) -> None:
         raise ValueError(f"the model has an adapter {name!r} already ({', '.join(known)}); give another name, or delete that one first")
 
 
-def _known(model: nn.Module, names: Sequence[str]) -> list[str]:
+def check_known(model: nn.Module, names: Sequence[str]) -> list[str]:
     known = adapter_names(model)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"the model has no adapter {unknown}; it has {known}")
