@@ -73,9 +73,6 @@ class DoRADelta(Delta):
     def stream(self, factor: str) -> str:
         return self.low.stream(factor)
 
-    def stream(self, factor: str) -> str:
-        return self.low.stream(factor)
-
     def start_from(self, weight: Thin, f: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = self.low.start_from(weight, f)
         # A start that moves the base leaves W + s B A as W is now.

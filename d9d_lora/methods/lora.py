@@ -8,8 +8,8 @@ Hu et al. 2021, arXiv:2106.09685; rank stabilisation: Kalajdzievski 2023, arXiv:
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from d9d_lora.adapters import AdapterConfig, AdapterMethod, Site
 from d9d_lora.dropout import Clock
+from d9d_lora.init import survey as surveys
 from d9d_lora.init.blind import BLIND, draw_of
+from d9d_lora.init.loftq import LoftQConfig
+from d9d_lora.init.survey import FROM_DATA, CordaConfig, EvaConfig, Start
 from d9d_lora.init.weights import factors_of, is_from_weight
 from d9d_lora.layers import AdaptedLayer, AdaptedLinear
-from d9d_lora.method import InjectionError
+from d9d_lora.method import InjectionError, PeftInjectionResult
 from d9d_lora.methods.delta import Delta, DoesNotFit, Draw, Geometry, Parts
 from d9d_lora.methods.dora import DoRADelta
 from d9d_lora.methods.merged import MergedDelta, check_slices, found
@@ -36,10 +39,15 @@ class LoRAParameters(BaseModel):
     alpha: float = Field(8, gt=0, allow_inf_nan=False, description="scale of the update: s = alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
     scaling: Literal["lora", "rslora"] = Field("lora", description="s = alpha / r, or alpha / sqrt(r), which suits high ranks")
-    init_lora_weights: bool | str = Field(True, description="start: true, false, gaussian, orthogonal, pissa, pissa_niter_N or olora")
+    init_lora_weights: bool | str = Field(
+        True, description="start: true, false, gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, corda or loftq"
+    )
     init_zero: Literal["A", "B"] | None = Field(
         None, description="the factor that starts at zero, for the starts true and gaussian; null: B, and on embeddings A"
     )
+    eva_config: EvaConfig | None = Field(None, description="settings of init_lora_weights: eva")
+    corda_config: CordaConfig | None = Field(None, description="settings of init_lora_weights: corda")
+    loftq_config: LoftQConfig | None = Field(None, description="settings of init_lora_weights: loftq")
     lora_bias: bool = Field(False, description="a bias on B as well; merging needs a base with a bias")
     use_dora: bool = Field(False, description="learn a magnitude for every output row as well: `methods/dora.py`")
     enable_lora: list[bool] | None = Field(None, description="of layers that are several in one, which have an update: `methods/merged.py`")
@@ -70,10 +78,15 @@ class LoRAParameters(BaseModel):
         start = self.init_lora_weights = start_of(self.init_lora_weights)
         if self.init_zero and start not in (True, "gaussian"):
             raise ValueError(f"init_zero goes with init_lora_weights true or gaussian; {start!r} says itself how both factors start")
+        for name in (*FROM_DATA, "loftq"):
+            if getattr(self, f"{name}_config") is not None and start != name:
+                raise ValueError(f"{name}_config goes with init_lora_weights: {name}, and would be ignored with {start!r}")
         if start == "orthogonal" and self.r % 2:
             raise ValueError(f"init_lora_weights: orthogonal splits the rank into halves, so r must be even, got {self.r}")
         if self.lora_bias and not isinstance(start, bool):
             raise ValueError(f"lora_bias goes with init_lora_weights true or false, got {start!r}: other starts say nothing of the bias")
+        if self.lora_bias and self.enable_lora:
+            raise ValueError("lora_bias and enable_lora exclude each other: a slice without an update would get a bias. Give one of them")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias and use_dora exclude each other: the magnitude would scale the bias too. Give one of them")
         check_slices(self.enable_lora, self.slices)
@@ -84,7 +97,6 @@ class LoRAParameters(BaseModel):
 
 # Starts of PEFT that are not made here, with the reason and the mend.
 _REFUSED_STARTS = {
-    "loftq": "it quantises the base weight, and a quantised base is another one; quantise the base first",
     "lora_ga": "it needs the gradient of the full weight before the first step, which no frozen base has",
     "mica": "it freezes B at the smallest singular directions, which is another method; use pissa or olora",
 }
@@ -97,10 +109,10 @@ def start_of(value: bool | str) -> bool | str:
     start = value.lower()
     if start in _REFUSED_STARTS:
         raise ValueError(f"init_lora_weights: {value!r} is not made here: {_REFUSED_STARTS[start]}")
-    if start not in BLIND and not is_from_weight(start):
+    if start not in (*BLIND, *FROM_DATA, "loftq") and not is_from_weight(start):
         raise ValueError(
             f"init_lora_weights: {value!r} is no start; expected true, false, gaussian, orthogonal, pissa, pissa_niter_N (such as "
-            "pissa_niter_16) or olora"
+            "pissa_niter_16), olora, eva, corda or loftq"
         )
     return start
 
@@ -121,7 +133,7 @@ class DoRAConfig(LoRAConfig):
     def _uses_dora(self) -> Self:
         if "use_dora" in self.params.model_fields_set and not self.params.use_dora:
             raise ValueError("kind: dora has a magnitude always; for use_dora: false give kind: lora")
-        self.params = self.params.model_copy(update={"use_dora": True})
+        self.params = LoRAParameters.model_validate({**self.params.model_dump(exclude_unset=True), "use_dora": True})
         return self
 
 
@@ -136,6 +148,8 @@ class LoRADelta(Delta):
     init: bool | str = True
     zero: Literal["A", "B"] | None = None
     bias: bool = False
+    loftq_iter: int = 0
+    given: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # factors that a survey of the data has found
     kind = "lora"
 
     @property
@@ -148,32 +162,36 @@ class LoRADelta(Delta):
 
     @property
     def moves_base(self) -> bool:  # type: ignore[override]
-        return is_from_weight(self.init)
+        return is_from_weight(self.init) or self.init == "corda"
 
     @property
     def from_the_weight(self) -> bool:  # type: ignore[override]
-        return self.moves_base
+        return self.moves_base or self.init in ("eva", "loftq")
 
     def fit(self, geometry: Geometry) -> Self:
-        if self.moves_base and self.r > min(geometry.out, geometry.into):
+        if self.loftq_iter and not geometry.quantised:
+            raise DoesNotFit("the start loftq takes the error of a quantised base, and this layer is not quantised; set model.quantise=nf4")
+        if (self.moves_base or self.loftq_iter) and self.r > min(geometry.out, geometry.into):
             shape = [geometry.out, geometry.into]
             raise DoesNotFit(f"the start {self.init} takes r={self.r} directions of a weight {shape}; give this layer a lower rank")
         if self.init == "orthogonal" and self.r % 2:
             raise DoesNotFit(f"the start orthogonal splits the rank into halves; r={self.r} is odd, give an even rank in rank_pattern")
-        if self.bias and (geometry.lookup or geometry.taps):
-            raise DoesNotFit("lora_bias is for linear layers; leave this layer out of the targets, or set lora_bias to false")
         return self
 
     def sizes(self, out: int, into: int) -> dict[str, int]:
         return {"O": out, "I": into, "R": self.r}
 
     def start(self, factor: str, *, lookup: bool) -> Draw | None:
-        return None if self.moves_base else draw_of(self.init, self.zero, factor, self.r, lookup=lookup)
+        if self.moves_base or self.loftq_iter:
+            return None
+        return draw_of(True if self.init == "eva" else self.init, self.zero, factor, self.r, lookup=lookup)
 
     def stream(self, factor: str) -> str:
         return "lora" if self.init == "orthogonal" else factor
 
     def start_from(self, weight: Thin, f: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.init in FROM_DATA:
+            return dict(self.given)
         if not self.moves_base:
             return {}
         B, A = factors_of(str(self.init), weight, self.r, self.scaling)
@@ -182,22 +200,36 @@ class LoRADelta(Delta):
     def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
         return f["lora_B"], f["lora_A"]
 
+    @property
+    def has_shift(self) -> bool:  # type: ignore[override]
+        return self.bias
+
+    def shift(self, f: Parts) -> Tensor:
+        return self.scaling * f["lora_B_bias"]
+
     def __str__(self) -> str:
         return f"{self.kind} r={self.r} alpha={self.alpha:g}" + "".join(
             [" rslora" if self.rule == "rslora" else "", "" if self.init is True else f" init={self.init}", " bias" if self.bias else ""]
         )
 
 
-def delta_of(params: LoRAParameters, *, r: int | None = None, alpha: float | None = None) -> LoRADelta | DoRADelta | MergedDelta:
-    """The delta that a layer's hyperparameters describe, with its own rank and alpha where a pattern gives them."""
+def delta_of(
+    params: LoRAParameters, *, r: int | None = None, alpha: float | None = None, given: Mapping[str, Tensor] | None = None
+) -> LoRADelta | DoRADelta | MergedDelta:
+    """The delta that a layer's hyperparameters describe, with its own rank and alpha where a pattern gives them.
+
+    `given` are the factors that a survey of the data has found for it; without any it starts as if no survey were asked for.
+    """
     low: LoRADelta | MergedDelta = LoRADelta(
         params.r if r is None else r,
         params.alpha if alpha is None else alpha,
         params.dropout,
         params.scaling,
-        params.init_lora_weights,
+        True if params.init_lora_weights in FROM_DATA and given is None else params.init_lora_weights,
         params.init_zero,
         params.lora_bias,
+        (params.loftq_config or LoftQConfig()).loftq_iter if params.init_lora_weights == "loftq" else 0,  # type: ignore[call-arg]
+        given or {},
     )
     if params.enable_lora:
         low = MergedDelta(low, tuple(params.enable_lora), tuple(params.slices or ()))
@@ -234,10 +266,54 @@ class LoRA(AdapterMethod[LoRAConfig]):
 
     kind = "lora"
 
+    def __init__(self, config: LoRAConfig) -> None:
+        super().__init__(config)
+        self._starts: dict[str, Start] | None = None  # what a survey has found, by layer
+
     def delta_for(self, name: str) -> LoRADelta | DoRADelta | MergedDelta | None:
         params = self.config.params
-        r = self.config.rank(name, params.r)
-        return delta_of(params, r=r, alpha=self.config.alpha(name, params.alpha)) if r else None
+        r, alpha = self.config.rank(name, params.r), self.config.alpha(name, params.alpha)
+        start = (self._starts or {}).get(name)
+        if start is None:
+            return delta_of(params, r=r, alpha=alpha) if r else None
+        return delta_of(params, r=start.r, alpha=start.alpha, given=start.factors) if start.r else None
+
+    # -- starts from data ------------------------------------------------------------------------------------------------------
+
+    @property
+    def surveys(self) -> bool:
+        return self.config.params.init_lora_weights in FROM_DATA
+
+    def survey(self, module: nn.Module, steps: Iterable[Any], *, group: Any = None) -> None:
+        kind, params = str(self.config.params.init_lora_weights), self.config.params
+        config = params.eva_config or EvaConfig() if kind == "eva" else params.corda_config or CordaConfig()  # type: ignore[call-arg]
+        self._starts = None
+        sites: dict[str, surveys.Site] = {}
+        for site in self.sites(module)[0]:
+            low = site.delta.low if isinstance(site.delta, DoRADelta) else site.delta
+            if issubclass(site.layer, AdaptedLinear) and isinstance(low, LoRADelta):
+                wanted = next(n for n in site.names if self.config.wants(n))
+                sites[wanted] = surveys.Site(site.base, site.layer.weight_axes, low.r, low.alpha, low.scaling)
+        if not sites:
+            raise InjectionError(f"init_lora_weights: {kind} looks at the inputs of linear layers, and none is among the targets")
+        self._starts = surveys.starts_from_data(kind, config, module, sites, steps, group)
+
+    def findings(self) -> dict[str, Any]:
+        return {name: [start.r, start.alpha] for name, start in (self._starts or {}).items()}
+
+    def adopt(self, findings: dict[str, Any]) -> None:
+        if self.surveys:
+            self._starts = {name: Start(r, alpha) for name, (r, alpha) in findings.items()}
+
+    def inject(self, module: nn.Module) -> PeftInjectionResult:
+        if self.surveys and self._starts is None:
+            raise InjectionError(
+                f"init_lora_weights: {self.config.params.init_lora_weights} starts from data: call `method.survey(model, steps)` on the "
+                "model with its weights before the injection (the trainer does), see d9d_lora.init.data.Step"
+            )
+        return super().inject(module)
+
+    # -- sites -----------------------------------------------------------------------------------------------------------------
 
     def sites(self, module: nn.Module) -> tuple[list[Site], list[str]]:
         sites, passed_over = super().sites(module)

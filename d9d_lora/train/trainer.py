@@ -35,6 +35,7 @@ from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpo
 from d9d_lora.state.mappers import ModelStateMapperParallel
 from d9d_lora.state.names import clean
 from d9d_lora.state.native_format import save_trained
+from d9d_lora.state.peft_config import holds
 from d9d_lora.state.peft_format import save_adapter
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.train import model as models
@@ -390,6 +391,7 @@ class Trainer:
             "batch_size": self.config.data.batch_size,
             "seed": self.config.train.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
+            **({"quantise": [self.config.model.quantise, self.config.model.quantise_modules]} if self.config.model.quantise else {}),
         }
 
     def _optim(self) -> dict[str, Any]:
@@ -445,7 +447,7 @@ class Trainer:
 
     def _write_adapter(self, path: Path) -> None:
         """PEFT's directory where PEFT has the method, else our own; either is read back and compared before it counts."""
-        if {layer.delta.kind for layer in adapted_layers(self.model)} == {"lora"}:
+        if holds(layer.delta for layer in adapted_layers(self.model)):
             save_adapter(self.model, path, base=self.config.model.path)
         else:
             save_trained(self.params, self.config.peft, path)
