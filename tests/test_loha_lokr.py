@@ -8,6 +8,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from d9d_lora import inject_peft_and_freeze, merge_peft, peft_method_from_config
 from d9d_lora.dropout import AdapterDropout, Clock
@@ -101,6 +102,32 @@ def test_the_cheaper_way_is_taken():
     assert product_is_cheaper(10**6, 4096, 4096, 45)
     assert not product_is_cheaper(10**6, 4096, 4096, 46)  # 4096 / 2 = 2048 lies between 45^2 and 46^2
     assert product_is_cheaper(1, 4096, 4096, 46)  # one input never pays for building dW
+
+
+def flops(f, *args):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        f(*args)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("r", [2, 6, 10, 16])
+@pytest.mark.parametrize("n", [1, 50, 5000])
+def test_no_other_way_has_fewer_multiplications(n, r):
+    def product(x, parts):
+        B, A = delta.product(parts)
+        return nn.functional.linear(nn.functional.linear(x, A), B)
+
+    delta, f = whole(LoHaDelta(r, 4), Geometry(200, 150))
+    x, parts = torch.randn(n, 150, dtype=torch.float64), delta.part(f, slice(0, 200), slice(0, 150))
+    ways = flops(product, x, parts), flops(lambda x, p: nn.functional.linear(x, delta.dense(p)), x, parts)
+    assert flops(delta.apply, x, parts) == min(ways)
+
+
+@pytest.mark.parametrize("delta", [LoKrDelta(2, 4), LoKrDelta(500, 4), LoKrDelta(3, 4, factor=4), LoKrDelta(20, 4, factor=48)])
+def test_a_kronecker_product_costs_less_than_what_it_stands_for(delta):
+    delta, f = whole(delta, Geometry(192, 144))
+    x, parts = torch.randn(100, 144, dtype=torch.float64), delta.part(f, slice(0, 192), slice(0, 144))
+    assert flops(delta.apply, x, parts) < 0.5 * flops(nn.functional.linear, x, delta.dense(parts))
 
 
 def test_the_dense_way_keeps_nothing_of_the_size_of_the_weight():
