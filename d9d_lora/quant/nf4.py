@@ -57,16 +57,18 @@ def quantise(w: Tensor, block: int = BLOCK, agree: Agree | None = None) -> Packe
     Args:
         agree: Makes the smallest and the largest m[O] those of whole rows, in place, where `w` is a part of the columns.
     """
-    m = torch.cat([absmax_of(rows, block) for rows in _row_blocks(w)]) if w.numel() else w.new_zeros(w.shape[0], 0, dtype=torch.float32)
-    low, high = (m.amin(1), m.amax(1)) if m.shape[1] else (m.new_full(m.shape[:1], float("inf")), m.new_zeros(m.shape[:1]))
+    if not w.numel():
+        return Packed(*(torch.empty_like(t, device=w.device) for t in packed_shapes(*w.shape, block)))
+    m = torch.cat([absmax_of(rows, block) for rows in _row_blocks(w)])
+    low, high = m.aminmax(dim=1)
     if agree is not None:
         agree(low, high)
     step = (high - low) / 255
     a = ((m - low[:, None]) / step[:, None].clamp_min(1e-38)).round_().clamp_(0, 255).to(torch.uint8)
     span = torch.stack([low, step], 1).view(torch.int32)
     m = restored(a, span)
-    parts = [pack(codes_of(rows, scale, block)) for rows, scale in zip(_row_blocks(w), m.split(_rows_at_once(w.shape[1])))]
-    return Packed(torch.cat(parts) if parts else a.new_empty(0, -(-w.shape[1] // 2)), a, span)
+    codes = [pack(codes_of(rows, scale, block)) for rows, scale in zip(_row_blocks(w), m.split(_rows_at_once(w.shape[1])))]
+    return Packed(torch.cat(codes), a, span)
 
 
 def absmax_of(w: Tensor, block: int) -> Tensor:
@@ -143,4 +145,4 @@ def _rows_at_once(columns: int) -> int:
 
 
 def _row_blocks(w: Tensor) -> tuple[Tensor, ...]:
-    return w.split(_rows_at_once(w.shape[1])) if w.shape[0] else ()
+    return w.split(_rows_at_once(w.shape[1]))

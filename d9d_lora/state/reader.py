@@ -13,8 +13,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from d9d_lora.state.safetensors_dir import CheckpointError, CheckpointFiles, ope
 Runs = list[
     list[slice]
 ]  # a dimension: the stretches of global indices that this rank holds, in the order it holds them
+Sink = tuple[Tensor, Callable[[Tensor], None]]  # a tensor's outline on meta, with its placement; what takes this rank's part of it
 SHOWN, SEARCHED = 12, 2000  # keys of a kind that an error spells out; names that it searches for a near miss
 
 
@@ -56,6 +58,7 @@ def load_checkpoint(
     *,
     skip: Collection[str] = (),
     ignore_unexpected: Sequence[str] = (),
+    sinks: Mapping[str, Sink] = MappingProxyType({}),
 ) -> LoadReport:
     """Fills every parameter and persistent buffer of `model`, in place, each rank reading only what it holds.
 
@@ -65,6 +68,7 @@ def load_checkpoint(
         mapper: From names in the file to names in the model; what it does not mention keeps its name.
         skip: Names that the checkpoint does not hold: an adapter's own factors. They are left alone.
         ignore_unexpected: Regexes (searched) of names in the file which the model may lack.
+        sinks: Tensors that the model holds in another form than the file does (packed weights).
 
     Raises:
         CheckpointError: unknown, missing or misshapen keys and integers where floats belong, all in one message and
@@ -81,12 +85,17 @@ def load_checkpoint(
     try:
         left_alone = set(skip)
         targets = {name: tensor for name, tensor in named_state(model) if name not in left_alone}
-        plan = _Plan(targets, files, mapper or ModelStateMapperParallel([]), ignore_unexpected)
+        targets |= {name: outline for name, (outline, _) in sinks.items()}
+        plan = _Plan(targets, files, mapper or ModelStateMapperParallel([]), ignore_unexpected, sinks.keys())
         plan.check()
         filled: dict[int, str] = {}
         for step in plan.steps:
             for name, values in step.read(files):
-                _fill(name, targets[name], values, filled)
+                if name in sinks:
+                    _refuse_infinite(name, values, values.dtype)
+                    sinks[name][1](values)
+                else:
+                    _fill(name, targets[name], values, filled)
         return LoadReport(len(plan.sources), files.bytes_read - before, time.perf_counter() - started)
     finally:
         if files is not source:
@@ -149,9 +158,14 @@ class _Plan:
     """Which target comes from which group; every fault that can be known without reading goes to `faults`."""
 
     def __init__(
-        self, targets: dict[str, Tensor], files: CheckpointFiles, mapper: ModelStateMapper, ignored: Sequence[str]
+        self,
+        targets: dict[str, Tensor],
+        files: CheckpointFiles,
+        mapper: ModelStateMapper,
+        ignored: Sequence[str],
+        outlines: Collection[str] = (),
     ) -> None:
-        self.targets, self.files = targets, files
+        self.targets, self.files, self.outlines = targets, files, outlines
         self.ignored = [re.compile(pattern) for pattern in ignored]
         self.steps: list[_Step] = []
         self.sources: dict[str, list[str]] = {}
@@ -216,7 +230,7 @@ class _Plan:
 
     def _check(self, name: str, found: Tensor | None) -> Runs:
         target = self.targets[name]
-        if target.is_meta:
+        if target.is_meta and name not in self.outlines:
             self._fault("unallocated", name, "is on meta: call to_empty(device=...) on the model first")
             return []
         if found is not None and found.shape != target.shape:
@@ -328,13 +342,7 @@ def _fill(name: str, target: Tensor, values: Tensor, filled: dict[int, str]) -> 
     if values.shape != local.shape:
         raise CheckpointError(f"{name!r}: expected a local part of shape {tuple(local.shape)}, made {values.shape}.")
     cast = values.to(local.dtype)
-    if cast.numel() and cast.is_floating_point():
-        low, high = (cast.float() if cast.element_size() == 1 else cast).aminmax()  # NaN comes through; no temporary
-        if not (low.isfinite() and high.isfinite()):
-            raise CheckpointError(
-                f"{name!r} is not finite: {low.item()} to {high.item()} as {local.dtype}, {values.dtype} in the file. "
-                "The checkpoint is broken, or the dtype too narrow: load it as bfloat16 or float32."
-            )
+    _refuse_infinite(name, cast, values.dtype)
     if twin := filled.get(id(target)):
         if not torch.equal(local, cast.to(local.device)):
             raise CheckpointError(
@@ -344,3 +352,14 @@ def _fill(name: str, target: Tensor, values: Tensor, filled: dict[int, str]) -> 
         return
     local.copy_(cast)
     filled[id(target)] = name
+
+
+def _refuse_infinite(name: str, cast: Tensor, in_file: torch.dtype) -> None:
+    if not cast.numel() or not cast.is_floating_point():
+        return
+    low, high = (cast.float() if cast.element_size() == 1 else cast).aminmax()  # NaN comes through; no temporary
+    if not (low.isfinite() and high.isfinite()):
+        raise CheckpointError(
+            f"{name!r} is not finite: {low.item()} to {high.item()} as {cast.dtype}, {in_file} in the file. "
+            "The checkpoint is broken, or the dtype too narrow: load it as bfloat16 or float32."
+        )

@@ -32,11 +32,17 @@ class ModelConfig(Strict):
     ignore_unexpected: list[str] = Field(
         default_factory=list, description="regular expressions for keys of the checkpoint that the model may lack"
     )
+    quantise: Literal["nf4"] | None = Field(None, description="hold the frozen weights of linear layers in four bits (QLoRA)")
+    quantise_modules: list[str] | str = Field(
+        "all-linear", description='which: names, a regular expression, or "all-linear": every linear layer but the output head'
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.path is None and self.target is None:
             raise ValueError("give model.path (a directory or a hub id) or model._target_ (a callable that returns a module)")
+        if self.quantise is None and "quantise_modules" in self.model_fields_set and self.quantise_modules != "all-linear":
+            raise ValueError("quantise_modules goes with model.quantise, and would be ignored without it; add quantise: nf4")
         return self
 
 

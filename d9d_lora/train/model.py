@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.placement import local_of
+from d9d_lora.quant.load import packed_tensors, quantise_, sinks
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperSequential
 from d9d_lora.state.reader import LoadReport, hf_prefix_mapper, load_checkpoint
 from d9d_lora.state.safetensors_dir import open_checkpoint
@@ -64,7 +65,14 @@ def local_directory(path: str) -> Path:
 
 
 def open_model(config: ModelConfig, dtype: torch.dtype) -> Base:
-    """Builds the module: on meta if its weights come from a directory, for real if a callable makes them."""
+    """Builds the module: on meta if its weights come from a directory, for real if a callable makes them. Quantised as the config says."""
+    base = _open(config, dtype)
+    if config.quantise is not None:
+        quantise_(base.module, config.quantise_modules)
+    return base
+
+
+def _open(config: ModelConfig, dtype: torch.dtype) -> Base:
     directory = local_directory(config.path) if config.path else None
     if config.target:
         make = _callable(config.target)
@@ -276,7 +284,8 @@ def load(base: Base, mapper: ModelStateMapper, config: ModelConfig) -> LoadRepor
         ignore = [*config.ignore_unexpected, *(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or [])]
         ignore += [r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$"]  # caches that older files hold
         whole = chain[0] if len(chain) == 1 else ModelStateMapperSequential(chain)
-        return load_checkpoint(module, files, whole, skip=adapter_tensors(module), ignore_unexpected=ignore)
+        skip = adapter_tensors(module) | packed_tensors(module)
+        return load_checkpoint(module, files, whole, skip=skip, ignore_unexpected=ignore, sinks=sinks(module))
 
 
 def accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

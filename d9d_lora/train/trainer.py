@@ -391,7 +391,7 @@ class Trainer:
             "batch_size": self.config.data.batch_size,
             "seed": self.config.train.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
-            **({"quantise": [self.config.model.quantise, self.config.model.quantise_modules]} if self.config.model.quantise else {}),
+            "quantise": self.config.model.quantise and [self.config.model.quantise, self.config.model.quantise_modules],
         }
 
     def _optim(self) -> dict[str, Any]:
