@@ -50,6 +50,7 @@ def config_of(model: nn.Module, layers: Sequence[AdaptedLayer], *, bias: str, wh
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
+        "lora_bias": _lora_bias(deltas),
         "lora_alpha": _plain(alpha),
         "lora_dropout": _commonest(delta.dropout for delta in deltas.values()),
         "modules_to_save": sorted(whole) or None,
@@ -83,6 +84,17 @@ def on_disk(layer: AdaptedLayer) -> LoRADelta:
     return replace(low, r=2 * low.r, alpha=low.alpha * (2**0.5 if low.rule == "rslora" else 2))
 
 
+def holds(deltas: Iterable[Delta]) -> bool:
+    """Whether PEFT's LoRA directory can hold adapters with these deltas together."""
+    found = set()
+    for delta in deltas:
+        low = delta.low if isinstance(delta, DoRADelta) else delta
+        if not isinstance(low, LoRADelta):
+            return False
+        found.add((low is delta, low.bias))  # one `use_dora` and one `lora_bias` for all layers
+    return len(found) == 1
+
+
 def _dora(layers: Sequence[AdaptedLayer]) -> bool:
     have = {isinstance(layer.delta, DoRADelta): layer.name for layer in layers}
     if len(have) == 2:
@@ -90,6 +102,13 @@ def _dora(layers: Sequence[AdaptedLayer]) -> bool:
             f"{have[True]} has a magnitude (DoRA) and {have[False]} has none; PEFT has one `use_dora` for all layers. Train both alike, "
             "or export the merged model."
         )
+    return True in have
+
+
+def _lora_bias(deltas: dict[str, LoRADelta]) -> bool:
+    have = {delta.bias: name for name, delta in deltas.items()}
+    if len(have) == 2:
+        raise AdapterError(f"{have[True]} has lora_bias and {have[False]} has not; PEFT has one for all layers. Train both alike")
     return True in have
 
 
@@ -126,6 +145,8 @@ def check_config(config: dict[str, Any], layers: Sequence[AdaptedLayer]) -> None
             raise AdapterError(f"{layer.name}: the config says r={r} and scaling {scaling}; the layer has {delta}")
         if bool(config.get("use_dora")) != isinstance(layer.delta, DoRADelta):
             raise AdapterError(f"{layer.name}: the config says use_dora={config.get('use_dora')}; the layer has {layer.delta}")
+        if bool(config.get("lora_bias")) != delta.bias:
+            raise AdapterError(f"{layer.name}: the config says lora_bias={config.get('lora_bias')}; the layer has {layer.delta}")
         if not named(layer.name, config["target_modules"]):
             raise AdapterError(f"{layer.name} is adapted, and target_modules does not select it")
         # PEFT compares these by the end of the text, without a dot
