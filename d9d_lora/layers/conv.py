@@ -1,8 +1,9 @@
-"""y = conv(x, W) + b + conv(drop(x), dW): `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, with W[O, I/groups, taps...] a matrix of I = I/groups * taps.
+"""y = conv(x, W) + b + conv(drop(x), dW), for `nn.Conv1d`, `2d` and `3d`: W[O, channels/groups, taps...] is a matrix [O, I] of all but O.
 
-A product dW = s B A is two convolutions and never built: A[R, I] as a kernel [R, I/groups, taps...] with the stride, padding, padding
-mode and dilation of the base, then B[O, R] on every point. With groups, each group of inputs meets the same A, and each group of
-outputs has its rows of B: that is dW of the matrix, and it merges. Other updates are built, and are the kernel of one convolution.
+A product dW = s B A is two convolutions and never built: A[R, I] as a kernel [R, channels/groups, taps...] with the stride, padding,
+padding mode and dilation of the base, then B[O, R] on every point. With groups, each group of inputs meets the same A, and each
+group of outputs has its rows of B: that is dW of the matrix, and it merges. Other updates are built, and are the kernel of one
+convolution.
 
 torch shards no convolution along channels: under tensor parallelism it is whole on every rank. FSDP2 shards dimension 0.
 """
@@ -32,8 +33,6 @@ class AdaptedConv(AdaptedLayer):
 
     @staticmethod
     def refuses(module: nn.Module) -> str | None:
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-            return "its channels are not known before its first forward; run one, or build it with in_channels"
         if isinstance(weight := module._parameters.get("weight"), DTensor) and not weight.placements[0].is_replicate():
             return f"its weight is {weight.placements[0]}, and torch computes no convolution on parts of channels; leave it out of the plan"
         return refuses_weight(module)
@@ -88,7 +87,8 @@ class AdaptedConv(AdaptedLayer):
 
     @property
     def taps(self) -> torch.Size:
-        return self.base.weight.shape[2:]  # type: ignore[union-attr,return-value]
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight.shape[2:]
 
     def conv(self, x: Tensor, kernel: Tensor) -> Tensor:
         """The base's convolution with another kernel, given as a matrix [any, I]."""

@@ -1,0 +1,299 @@
+"""Layer kinds beyond the linear ones, and what they must not do: convolutions, fused projections, loralib's ways."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import conv1d, linear
+from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
+
+from d9d_lora import inject_peft_and_freeze, loralib, merge_peft, peft_method_from_config, unmerge_peft
+from d9d_lora.layers import AdaptedConv
+from d9d_lora.placement import local_of
+from d9d_lora.walk import adapted_layers
+from tests.catalogue import LAYOUTS
+from tests.test_laws import make, wake
+
+
+def lora(targets, params=None, **fields):
+    return peft_method_from_config({"kind": "lora", "target_modules": targets, "params": {"r": 2, "alpha": 3, **(params or {})}, **fields})
+
+
+def adapt(model, method):
+    inject_peft_and_freeze(method, model)
+    method.initialise(model)
+    wake(model)
+    return model
+
+
+# -- convolutions -----------------------------------------------------------------------------------------------------------------
+
+CONVS = {
+    "1d": (lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), (2, 6, 11)),
+    "1d_same": (lambda: nn.Conv1d(6, 8, 4, padding="same", dilation=2, bias=False), (2, 6, 11)),
+    "2d": (lambda: nn.Conv2d(6, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (2, 6, 7, 8)),
+    "2d_circular": (lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular"), (2, 6, 5, 5)),
+    "2d_groups": (lambda: nn.Conv2d(6, 8, 3, padding=2, dilation=2, groups=2), (2, 6, 7, 8)),
+    "2d_depthwise": (lambda: nn.Conv2d(6, 12, 3, groups=6, padding_mode="reflect", padding=1), (2, 6, 7, 8)),
+    "3d": (lambda: nn.Conv3d(4, 6, (2, 3, 2), groups=2, stride=2), (2, 4, 5, 6, 5)),
+    "unbatched": (lambda: nn.Conv1d(6, 8, 3, groups=2), (6, 11)),
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha"])
+@pytest.mark.parametrize("conv", CONVS)
+def test_a_convolution_is_that_of_the_merged_kernel(conv, kind):
+    """The output and every gradient are those of one convolution with W + dW, built in the open."""
+    make_conv, shape = CONVS[conv]
+    model = nn.Sequential(make_conv()).double()
+    method = peft_method_from_config({"kind": kind, "target_modules": ["0"], "params": {"r": 2, "alpha": 3}})
+    adapt(model, method)
+    layer = model[0]
+    x = torch.randn(shape, dtype=torch.float64)
+    y = model(x)
+    y.square().sum().backward()
+
+    f = layer.parts(torch.float64, parts=False)
+    update = layer.delta.dense(f)
+    W = layer.base.weight.detach().flatten(1)
+    gain = layer.delta.gain(W, f, lambda t: t) if layer.delta.has_gain else torch.ones(len(W), dtype=W.dtype)
+    reference = make_conv().double()
+    kernel = ((W + update) * gain[:, None]).view_as(layer.base.weight)
+    z = reference._conv_forward(x, kernel, layer.base.bias)
+    assert (y - z).abs().max() < 1e-12
+    expected = torch.autograd.grad(z.square().sum(), list(layer.factors().values()))
+    for (name, p), grad in zip(layer.factors().items(), expected):
+        assert torch.allclose(p.grad, grad, atol=1e-10), name
+
+    merge_peft(method, model)
+    assert (model(x) - y).abs().max() < 1e-10
+    unmerge_peft(method, model)
+    assert torch.equal(model(x), y)
+
+
+def test_a_kernel_laid_out_with_channels_last_is_merged():
+    model = nn.Sequential(nn.Conv2d(6, 8, 3)).to(memory_format=torch.channels_last)
+    method = lora(["0"])
+    adapt(model, method)
+    x = torch.randn(2, 6, 7, 8)
+    before = model(x)
+    merge_peft(method, model)
+    assert torch.allclose(model(x), before, atol=1e-5)
+
+
+def test_the_product_of_a_convolution_is_never_built():
+    layer = adapt(nn.Sequential(nn.Conv2d(6, 8, 3, groups=2)), lora(["0"]))[0]
+    object.__setattr__(layer.delta, "dense", None)
+    layer(torch.randn(2, 6, 7, 8))
+
+
+def test_dropout_on_a_convolution_is_drawn_on_its_input():
+    model = adapt(nn.Sequential(nn.Conv2d(6, 8, 3)), lora(["0"], {"dropout": 0.5}))
+    x = torch.ones(2, 6, 7, 8)
+    assert not torch.equal(model(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "layer,words",
+    [
+        (nn.utils.parametrizations.weight_norm(nn.Conv1d(6, 8, 3)), "parametrization"),
+        (nn.ConvTranspose1d(6, 8, 3), "no layer kind adapts"),
+    ],
+)
+def test_other_convolutions_are_refused(layer, words):
+    with pytest.raises(ValueError, match=words):
+        inject_peft_and_freeze(lora(["0"]), nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("forget", ["dilation", "groups"])
+def test_mutation_a_path_that_forgets_what_the_base_has(forget, monkeypatch):
+    """PEFT 0.21.2 forgets both: A meets all groups, with dilation 1."""
+
+    def conv(self, x, kernel):
+        kernel = kernel.reshape(kernel.shape[0], -1, *self.taps)
+        if forget == "dilation":
+            return nn.functional.conv2d(x, kernel, groups=2, padding=1)
+        return self.base._conv_forward(x, kernel.roll(1, 0), None)
+
+    monkeypatch.setattr(AdaptedConv, "conv", conv)
+    with pytest.raises(AssertionError):
+        test_a_convolution_is_that_of_the_merged_kernel("2d_groups", "lora")
+
+
+# -- fused projections ------------------------------------------------------------------------------------------------------------
+
+
+def of_loralib(x, base, A, B, enabled, scaling):
+    """loralib's formula: a grouped convolution of the stacked products, its rows put where slices are enabled."""
+    after_A = linear(x, A)
+    after_B = conv1d(after_A.transpose(-2, -1), B.unsqueeze(-1), groups=sum(enabled)).transpose(-2, -1)
+    y = base(x)
+    out = torch.zeros_like(y).view(*y.shape[:-1], len(enabled), -1)
+    out[..., [i for i, on in enumerate(enabled) if on], :] = after_B.view(*y.shape[:-1], sum(enabled), -1)
+    return y + out.view_as(y) * scaling
+
+
+@pytest.mark.parametrize("enabled", [[True, False, True], [True, True, True], [False, False, True], [True]])
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_a_merged_linear_has_the_numbers_of_loralib(enabled, fan_in_fan_out):
+    layer = loralib.MergedLinear(10, 12, r=3, lora_alpha=6, enable_lora=enabled, fan_in_fan_out=fan_in_fan_out)
+    assert layer.lora_A.weight.shape == (3 * sum(enabled), 10)
+    assert layer.lora_B.weight.shape == (12 // len(enabled) * sum(enabled), 3)
+    nn.init.normal_(layer.lora_B.weight)
+    x = torch.randn(2, 5, 10)
+    y = layer(x)
+    reference = of_loralib(x, layer.base, layer.lora_A.weight, layer.lora_B.weight, enabled, 2.0)
+    assert torch.allclose(y, reference, atol=1e-5)
+    factors = [layer.lora_A.weight, layer.lora_B.weight]
+    ours, theirs = torch.autograd.grad(y.square().sum(), factors), torch.autograd.grad(reference.square().sum(), factors)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, theirs))
+    assert torch.allclose(layer.eval()(x), y, atol=1e-5)
+
+
+def test_slices_of_grouped_queries_are_found():
+    config = Phi3Config(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1,
+        pad_token_id=0, eos_token_id=1, bos_token_id=1,
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config)  # 24 output features: three equal slices would pass, and be wrong
+    adapt(model, lora(["qkv_proj"], {"enable_lora": [True, False, True]}))
+    layer = model.model.layers[0].self_attn.qkv_proj
+    update = layer.delta.update(layer.whole_factors(), slice(0, 24), slice(0, 16))
+    assert layer.delta.slices == (16, 4, 4)
+    assert update[:16].abs().min() > 0
+    assert update[20:].abs().min() > 0
+    assert update[16:20].abs().max() == 0
+
+
+def test_halves_of_gate_and_up_and_of_gpt2():
+    config = GPT2Config(vocab_size=32, n_embd=12, n_layer=1, n_head=2, n_positions=16)
+    model = GPT2LMHeadModel(config)
+    method = lora(["c_attn"], {"enable_lora": [True, False, True]})
+    adapt(model, method)
+    ids = torch.arange(6)[None]
+    before = model.eval()(ids).logits
+    merge_peft(method, model)
+    assert torch.allclose(model(ids).logits, before, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "params,words",
+    [
+        ({"enable_lora": [False, False]}, "enables no slice"),
+        ({"slices": [4, 8]}, "would be ignored"),
+        ({"enable_lora": [True, False], "slices": [12]}, "one positive size for each"),
+        ({"enable_lora": [True, False], "slices": [4, 4]}, "8 output features, and the layer has 12"),
+        ({"enable_lora": [True] * 5}, "not 5 equal slices"),
+        ({"enable_lora": [True, False], "init_lora_weights": "pissa"}, "goes with init_lora_weights"),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused(params, words):
+    with pytest.raises(ValueError, match=words):
+        inject_peft_and_freeze(lora(["0"], params), nn.Sequential(nn.Linear(10, 12)))
+
+
+def test_interleaved_heads_have_no_slices():
+    from transformers import BloomConfig, BloomModel
+
+    model = BloomModel(BloomConfig(vocab_size=32, hidden_size=12, n_layer=1, n_head=2))
+    model.h[0].self_attention.config = model.config
+    with pytest.raises(ValueError, match="head by head"):
+        inject_peft_and_freeze(lora(["query_key_value"], {"enable_lora": [True, False, True]}), model)
+
+
+# -- loralib's ways -----------------------------------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.embed = loralib.Embedding(9, 6, r=2, lora_alpha=4, **kwargs)
+        self.conv = loralib.Conv1d(6, 6, 3, padding=1, r=2, **kwargs)
+        self.qkv = loralib.MergedLinear(6, 12, r=2, enable_lora=[True, False], **kwargs)
+        self.out = loralib.Linear(12, 3, r=2, lora_dropout=0.0, **kwargs)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, ids):
+        return self.head(self.out(self.qkv(self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2))))
+
+
+def small(**kwargs):
+    model = Small(**kwargs)
+    for layer in adapted_layers(model):
+        for p in layer.factors().values():
+            nn.init.normal_(p)
+    return model
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_evaluation_merges_and_training_undoes_it_to_the_bit(copied):
+    model = small()
+    ids = torch.arange(8)[None]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    y = model(ids)
+    if copied:
+        model = copy.deepcopy(model)
+    model.eval()
+    assert not torch.equal(model.out.base.weight, before["out.base.weight"])
+    assert torch.allclose(model(ids), y, atol=1e-4)
+    model.eval().train().train()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(ids), y)
+
+
+def test_layers_that_do_not_merge_in_evaluation():
+    model = small(merge_weights=False)
+    before = model.out.base.weight.clone()
+    assert torch.equal(model.eval().out.base.weight, before)
+
+
+def test_r_0_is_the_plain_layer():
+    assert type(loralib.Linear(3, 4)) is nn.Linear
+    assert type(loralib.MergedLinear(3, 4, r=2)) is nn.Linear
+    assert type(loralib.Conv2d(3, 4, 3)) is nn.Conv2d
+
+
+@pytest.mark.parametrize("bias,biases", [("none", set()), ("lora_only", {"conv", "qkv", "out"}), ("all", {"conv", "qkv", "out", "head"})])
+def test_what_is_trainable_and_what_is_saved(bias, biases):
+    model = small()
+    loralib.mark_only_lora_as_trainable(model, bias)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == set(loralib.lora_state_dict(model, bias))
+    assert {name.split(".")[0] for name in names if name.endswith("bias")} == biases
+    assert sum("lora_" in name for name in names) == 8
+    other = small()
+    other.load_state_dict(loralib.lora_state_dict(model, bias), strict=False)
+    assert torch.equal(other.qkv.lora_B.weight, model.qkv.lora_B.weight)
+
+
+def test_a_checkpoint_of_loralib_is_read():
+    layer = loralib.Linear(6, 4, r=2)
+    theirs = {"weight": torch.randn(4, 6), "bias": torch.randn(4), "lora_A": torch.randn(2, 6), "lora_B": torch.randn(4, 2)}
+    layer.load_state_dict(dict(theirs))
+    x = torch.randn(3, 6)
+    y = linear(x, theirs["weight"], theirs["bias"]) + x @ theirs["lora_A"].T @ theirs["lora_B"].T * 0.5
+    assert torch.allclose(layer(x), y, atol=1e-5)
+
+
+def merging_in_evaluation(rank, layout):
+    model, method = make("merged", "linear_bias", LAYOUTS[layout])
+    wake(model)
+    ids = torch.arange(8).view(2, 4)
+    before = {n: local_of(p).clone() for n, p in model.named_parameters()}
+    y = model(ids)
+    loralib.merge_on_eval(model, method)
+    with torch.no_grad():
+        folded = model.eval()(ids)
+    with pytest.raises(ValueError, match="in the base weights already"):
+        merge_peft(method, model)
+    model.train()
+    assert all(torch.equal(local_of(p), before[n]) for n, p in model.named_parameters())
+    assert (folded - y).abs().max() < 1e-10
+    assert torch.equal(model(ids), y)
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2"])
+def test_merging_in_evaluation_on_shards(pool, layout):
+    pool.run(2, merging_in_evaluation, layout)
