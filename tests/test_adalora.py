@@ -222,6 +222,15 @@ def test_after_zero_grad_is_too_late():
         method.after_step(model, 1)
 
 
+def test_a_frozen_adapter_is_left_alone():
+    model, method = make("adalora", "linear", LAYOUTS["one"], params=PARAMS)
+    model.requires_grad_(False)
+    method.after_step(model, 2)
+    assert method.add_extra_loss(model) is None
+    assert all(p.grad is None for p in model.parameters())
+    assert all(method.memory(la).kept.all() for la in adapted_layers(model))
+
+
 def test_both_spellings_of_alpha():
     assert AdaLoRAParameters(alpha=3, dropout=0.1) == AdaLoRAParameters(lora_alpha=3, lora_dropout=0.1)
     with pytest.raises(ValueError, match="Extra inputs"):

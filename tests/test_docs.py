@@ -28,6 +28,7 @@ DELIBERATE = {
     ("peft/vblora", "target_modules"),
     ("peft/vera", "target_modules"),
     ("peft/randlora", "target_modules"),
+    ("peft/adalora", "target_modules"),
     ("peft/loha", "target_modules"),
     ("peft/lokr", "target_modules"),
 }

@@ -100,13 +100,11 @@ class AdaLoRAConfig(AdapterConfig):
 
     kind: Literal["adalora"] = "adalora"
     params: AdaLoRAParameters = Field(default_factory=AdaLoRAParameters)  # type: ignore[arg-type]
-
-    @model_validator(mode="after")
-    def _refuse_patterns(self) -> Self:
-        for field, why in (("rank_pattern", "AdaLoRA finds the rank of each layer itself"), ("alpha_pattern", "all layers have one alpha")):
-            if getattr(self, field):
-                raise ValueError(f"{field}: {why}, so it would be ignored; leave it out")
-        return self
+    unused = {
+        "rank_pattern": "AdaLoRA finds the rank of each layer itself",
+        "alpha_pattern": "all layers have one alpha",
+        "target_parameters": "the budget counts the triplets of layers",
+    }
 
     def of_length(self, steps: int) -> Self:
         """This config for a run of so many steps: `total_step` where it is not given."""
@@ -226,13 +224,17 @@ class AdaLoRA(AdapterMethod[AdaLoRAConfig]):
             tensors[f"{layer.name}.kept"] = memory.kept
         return tensors
 
+    def trained(self, module: nn.Module) -> list[AdaptedLayer]:
+        """The layers that spend the budget: none where another adapter is active and this one is frozen."""
+        return [layer for _, layer in self.layers(module) if layer.factor("lora_E").requires_grad]
+
     # -- the budget ----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def after_step(self, module: nn.Module, step: int) -> None:
         """Weights are those after the step, gradients those it was made with: the order of PEFT's `update_and_allocate`."""
         p = self.config.params
-        layers = [layer for _, layer in self.layers(module)]
+        layers = self.trained(module)
         if step < p.end:
             self._observe(layers)
         budget = p.budget(step, len(layers))
@@ -275,7 +277,7 @@ class AdaLoRA(AdapterMethod[AdaLoRAConfig]):
     def add_extra_loss(self, module: nn.Module) -> Tensor | None:
         """Adds the term's gradient, weight / n * 2 (A A^T - 1) A / |A A^T - 1|_F (of B: B (B^T B - 1)), to each rank's own box."""
         weight = self.config.params.orth_reg_weight
-        factors = [layer.factor(name) for _, layer in self.layers(module) for name in ("lora_A", "lora_B")]
+        factors = [layer.factor(name) for layer in self.trained(module) for name in ("lora_A", "lora_B")]
         if not weight or not factors:
             return None
         thin = [whole_along_rank(p, dim=i % 2) for i, p in enumerate(factors)]
