@@ -1,7 +1,7 @@
 """Every adapter method but its delta: which layers, wrapping them all or none, merging, undoing. A method says `delta_for(name)`."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 from weakref import WeakKeyDictionary
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedLayer, AdaptedLinear, kind_of
 from d9d_lora.layers.among import DEFAULT
+from d9d_lora.layers.parameter import SUFFIX, AdaptedParameter, Held, held
 from d9d_lora.layers.shared import SharedFactor
 from d9d_lora.method import InjectionError, PeftInjectionResult, PeftMethod
 from d9d_lora.methods.delta import Delta, DoesNotFit
@@ -112,6 +113,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
             layers = [self.wrap(site, clock) for site in sites]  # everything that can fail has failed before the model is touched
         except DoesNotFit as error:
             raise InjectionError(str(error)) from error
+        refuse_tied(module, [(s.names, la) for s, la in zip(sites, layers) if la.delta.moves_base], "a start that moves it")
         biases = self._biases(module, sites)
         shared = self.shared_factors(layers)
         if taken := [name for name in shared if hasattr(module, name)]:
@@ -170,8 +172,33 @@ class AdapterMethod(PeftMethod[TAdapter]):
                 left_alone += wanted
             else:
                 sites.append(Site(all_names, base, kind, delta))
+        for all_names, parameter in self._parameters(module, names):
+            candidates += all_names
+            wanted = [name for name in all_names if config.wants_parameter(name)]
+            if not wanted:
+                continue
+            if any(site.base is parameter.host for site in sites):
+                raise InjectionError(f"{wanted[0]} is named in target_parameters, and its layer is adapted as a module too; choose one.")
+            if reason := AdaptedParameter.refuses(parameter):
+                raise InjectionError(f"the parameter {wanted[0]} cannot be adapted: {reason}.")
+            matched += wanted
+            delta = self.delta_for(wanted[0])
+            if delta is None:
+                left_alone += wanted
+            else:
+                sites.append(Site([name + SUFFIX for name in all_names], parameter, AdaptedParameter, delta))
         config.check_all_used(matched, candidates, [n for ns, _ in names for n in ns])
         return sites, passed_over + left_alone
+
+    def _parameters(self, module: nn.Module, modules: list[tuple[list[str], nn.Module]]) -> Iterator[tuple[list[str], Held]]:
+        """Every parameter that `target_parameters` may name: its names, and itself as the base of an adapter."""
+        for names, host in modules if self.config.target_parameters else ():
+            if isinstance(host, AdaptedLayer):
+                continue
+            parent = module.get_submodule(names[0].rpartition(".")[0])
+            for parameter, p in host._parameters.items():
+                if p is not None:
+                    yield [f"{name}.{parameter}".removeprefix(".") for name in names], held(host, parameter, parent)
 
     def _share(self, module: nn.Module, shared: dict[str, SharedFactor], layers: Iterable[AdaptedLayer]) -> None:
         """Registers shared factors at the root, which owns and shards them; layers only refer to them."""
@@ -210,7 +237,12 @@ class AdapterMethod(PeftMethod[TAdapter]):
         """The layers of `module` that this method, or another object of the same config, has adapted."""
         hosts = [(names, m) for names, m in names_of_modules(module) if isinstance(m, AdaptedLayer)]
         named = [(names, layer) for names, m in hosts if (layer := m.adapters_by_name().get(self.adapter)) is not None]
-        return [(names, m) for names, m in named if m.delta.kind == self.kind and any(self.config.wants(n) for n in names)]
+        return [(names, m) for names, m in named if m.delta.kind == self.kind and self._wants(names, m)]
+
+    def _wants(self, names: list[str], layer: AdaptedLayer) -> bool:
+        if isinstance(layer, AdaptedParameter):
+            return self.config.wants_parameter(layer.name)
+        return any(self.config.wants(name) for name in names)
 
     @torch.no_grad()
     def merge(self, module: nn.Module, *, undoable: bool = True) -> None:
@@ -270,7 +302,9 @@ class AdapterMethod(PeftMethod[TAdapter]):
     def remove(self, module: nn.Module) -> None:
         refuse_several(module)
         layers = self.layers(module)
+        reshard(module)
         for names, layer in layers:
+            layer.move_back()
             base = layer.give_back()
             for name in names:
                 module.set_submodule(name, base)
@@ -287,7 +321,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
     def initialise(self, module: nn.Module, batches: Iterable[Any] = (), *, resume: bool = False) -> None:
         """Starts every factor, where a meta build left none. The values are those of an injection into a model with weights."""
         layers = self.layers(module)
-        for factor in layers[0][1].shared.values() if layers else ():
+        for factor in shared_by(layers):
             factor.refuse_unsharded(layer for _, layer in layers)
             factor.reset_parameters()
         for _, layer in layers:
@@ -300,12 +334,22 @@ class AdapterMethod(PeftMethod[TAdapter]):
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
         where = "" if self.adapter == DEFAULT else f"adapters.{self.adapter}."
-        return {f"{layer.name}.{where}{name}.origin": t for _, layer in self.layers(module) for name, t in layer.origin.items()}
+        layers = self.layers(module)
+        origins = {f"{layer.name}.{where}{name}.origin": t for _, layer in layers for name, t in layer.origin.items()}
+        return origins | {f"{where}{f.name}.digest": f.digest for f in shared_by(layers) if f.digest is not None}
 
     def restore(self, module: nn.Module) -> None:
-        for _, layer in self.layers(module):
+        layers = self.layers(module)
+        for factor in shared_by(layers):
+            factor.refuse_other_values()
+        for _, layer in layers:
             if layer.delta.moves_base:
                 layer.move_base(layer.origin)
+
+
+def shared_by(layers: list[tuple[list[str], AdaptedLayer]]) -> list[SharedFactor]:
+    """The factors that the layers of one method share."""
+    return list(layers[0][1].shared.values()) if layers else []
 
 
 def _called(module: nn.Module, args: object) -> None:

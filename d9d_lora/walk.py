@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.layers.among import DEFAULT
+from d9d_lora.layers.parameter import SUFFIX
 from d9d_lora.method import InjectionError
 
 
@@ -95,7 +96,7 @@ def refuse_several(module: nn.Module) -> None:
 def refuse_trained_bases(module: nn.Module, train: Container[int]) -> None:
     """A base that is trained beside its own adapter is neither; `train` holds the ids of trained parameters."""
     for layer in adapted_layers(module):
-        for name, p in layer.base.named_parameters():
+        for name, p in [*layer.base.named_parameters(), ("weight", layer.base.weight)]:
             if name != "bias" and id(p) in train:
                 raise InjectionError(
                     f"{layer.name} has an adapter ({layer.delta}), and its own {name} would be trained whole beside it. Narrow one of "
@@ -103,15 +104,15 @@ def refuse_trained_bases(module: nn.Module, train: Container[int]) -> None:
                 )
 
 
-def refuse_tied(module: nn.Module, layers: list[tuple[list[str], AdaptedLayer]]) -> None:
-    """A weight that another layer uses too cannot be merged into: that layer would change, and it has no adapter."""
+def refuse_tied(module: nn.Module, layers: list[tuple[list[str], AdaptedLayer]], change: str = "a merge") -> None:
+    """A weight that another layer uses too cannot be changed for one: the other has no adapter, or another."""
     owners = {id(layer.base.weight): names for names, layer in layers}
     for name, p in module.named_parameters(remove_duplicate=False):
         names = owners.get(id(p))
-        if names and not any(name.startswith(f"{n}.") for n in names):
+        if names and not any(name.startswith(f"{n}.") or n == name + SUFFIX for n in names):
             raise ValueError(
-                f"{names[0]} shares its weight with {name}: a merge would change both, though only one has the adapter. "
-                "Untie the weights first, or export the adapter instead of merging it."
+                f"{names[0]} shares its weight with {name}: {change} would change both, though each has its own adapter or none. "
+                + ("Untie the weights first, or export the adapter instead of merging it." if change == "a merge" else "Untie the weights.")
             )
 
 

@@ -71,6 +71,8 @@ class AdaptedLayer(nn.Module):
 
     weight_axes: ClassVar[str]
     lookup: ClassVar[bool] = False
+    takes_shift: ClassVar[bool] = False
+    """Its `update` adds the delta's shift."""
     takes_several: ClassVar[bool] = False
     """Its forward adds the updates of all adapters at work, by `stand_in` and `plus_updates`."""
     base: nn.Module
@@ -87,6 +89,8 @@ class AdaptedLayer(nn.Module):
         except DoesNotFit as error:
             raise DoesNotFit(f"{name or type(base).__name__}: {error}") from error
         delta = self.delta
+        if delta.has_shift and not self.takes_shift:
+            raise DoesNotFit(f"{name}: {delta} shifts the output, which only linear layers take; leave this layer out of the targets")
         self.seed = seed
         self.dropout = AdapterDropout(delta.dropout, name, clock)
         self.placing = Placing.of(base.weight, self.weight_axes, name or type(base).__name__)  # type: ignore[arg-type]
@@ -287,6 +291,13 @@ class AdaptedLayer(nn.Module):
         self.fold_(self.update_of({name: at_least_fp32(full_of(t)) for name, t in origin.items()}, sign=-1))
         self.started = True
 
+    @torch.no_grad()
+    def move_back(self) -> None:
+        """Undoes `move_base`, to the rounding of the base weight's dtype."""
+        if self.origin:
+            self.fold_(self.update_of({name: at_least_fp32(full_of(t)) for name, t in self.origin.items()}))
+            self.origin, self._start, self.started = {}, None, False
+
     def blank_origin(self) -> dict[str, Tensor]:
         """Tensors for `origin`: each factor placed as the base weight is, along the letters they share."""
         weight: Tensor = self.base.weight  # type: ignore[assignment]
@@ -362,11 +373,21 @@ class AdaptedLayer(nn.Module):
 
         The sum is taken in fp32 and rounded once. `whole` are factors gathered before, so that a caller can check them first.
         """
-        self.fold_(self.merging(whole or self.whole_factors()))
+        whole = whole or self.whole_factors()
+        self.fold_(self._merging(whole))
+        if self.delta.has_shift:
+            bias: Tensor = self.base.bias  # type: ignore[assignment]
+            shift = self.delta.shift(self.delta.part(whole, slice(0, self.out_size), slice(0, self.in_size)))
+            local_of(bias).copy_(local_of(bias).to(shift.dtype) + shift[box_of(bias)])
         return self.give_back()
 
     def merging(self, whole: dict[str, Tensor]) -> Fold:
         """W -> gain * (W + dW), for a box. Collective where a gain reads a sharded base weight."""
+        if self.delta.has_shift:
+            raise ValueError(f"{self.name}: {self.delta} changes the bias too; merge it with `merge_peft`, as the one adapter of its layer")
+        return self._merging(whole)
+
+    def _merging(self, whole: dict[str, Tensor]) -> Fold:
         gain = self.delta.gain_whole(self.thin(), whole) if self.delta.has_gain else None
         update = self.update_of(whole)
 
@@ -378,13 +399,21 @@ class AdaptedLayer(nn.Module):
 
     def check_merge(self) -> None:
         """Raises ValueError where the base must not be merged into; nothing has been changed then."""
+        if self.delta.has_shift and self.base.bias is None:
+            raise ValueError(
+                f"{self.name} has no bias that that of {self.delta} could be merged into: build the base with one, or export the adapter"
+            )
 
     def keep(self) -> Any:
         """What `put_back` needs to make the base what it is now, after a merge."""
-        return local_of(self.base.weight).clone()  # type: ignore[arg-type]
+        return [local_of(p).clone() for p in self._merged_into()]
 
     def put_back(self, kept: Any) -> None:
-        local_of(self.base.weight).copy_(kept)  # type: ignore[arg-type]
+        for p, was in zip(self._merged_into(), kept, strict=True):
+            local_of(p).copy_(was)
+
+    def _merged_into(self) -> list[Tensor]:
+        return [self.base.weight, self.base.bias] if self.delta.has_shift else [self.base.weight]  # type: ignore[list-item]
 
     def update_of(self, whole: dict[str, Tensor], sign: int = 1) -> Fold:
         """W -> W + sign * dW, for a box."""

@@ -15,6 +15,7 @@ class AdaptedLinear(AdaptedLayer):
     """An adapted `nn.Linear`, with or without a bias."""
 
     weight_axes = "OI"
+    takes_shift = True
     takes_several = True
 
     @classmethod
@@ -54,7 +55,11 @@ class AdaptedLinear(AdaptedLayer):
 
     def update(self, x: Tensor, f: Parts) -> Tensor:
         """drop(x) dW^T on this rank's part, in the dtype of x."""
-        return self.delta.apply(x if f.dropout is None else f.dropout(x), f)
+        y = self.delta.apply(x if f.dropout is None else f.dropout(x), f)
+        if not self.delta.has_shift:
+            return y
+        shift = self.delta.shift(f)
+        return y + (shift if self.placing.is_first() else shift * 0)  # once in a Partial sum, as `bias_here`
 
     def bias_here(self, *, parts: bool) -> Tensor | None:
         """This rank's part of the base's bias. A row-parallel one enters the Partial sum once, on the first rank."""

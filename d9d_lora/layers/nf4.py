@@ -26,6 +26,7 @@ from d9d_lora.thin import Thin
 class AdaptedNF4Linear(AdaptedLinear):
     """An adapted `NF4Linear`."""
 
+    takes_shift = False  # its merge puts another layer in the base's place
     base: NF4Linear
 
     def __init__(self, base: NF4Linear, delta: Any, *, name: str = "", **options: Any) -> None:

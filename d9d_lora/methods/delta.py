@@ -43,6 +43,7 @@ class Geometry:
         groups: Of a convolution.
         lookup: The input is an index into I: an embedding.
         quantised: The weight is held in few bits, and cannot be moved.
+        stack: The number of matrices that are stacked along O (fused experts); 0: it is one matrix.
     """
 
     out: int
@@ -51,6 +52,7 @@ class Geometry:
     groups: int = 1
     lookup: bool = False
     quantised: bool = False
+    stack: int = 0
 
 
 class Parts(dict[str, Tensor]):
@@ -75,6 +77,7 @@ class Delta(ABC):
     shared: ClassVar[Mapping[str, str]] = {}
     """Factors that all layers of the method share (a vector bank, random bases), with the letters of their dimensions."""
     has_gain: bool = False
+    has_shift: bool = False
     full_precision: frozenset[str] = frozenset()
     """Factors that are handed in as they are trained, and not in the dtype the layer computes in."""
     from_the_weight: bool = False
@@ -99,9 +102,13 @@ class Delta(ABC):
         """This delta for a weight of this geometry. Raises `DoesNotFit`."""
         return self
 
+    def stacked(self, n: int) -> "Delta":
+        """A delta that is this one for each of n stacked matrices. Raises `DoesNotFit`."""
+        raise DoesNotFit(f"{self} has no meaning on a stack of {n} matrices; only plain LoRA has, so give kind: lora or leave it out")
+
     @abstractmethod
     def sizes(self, out: int, into: int) -> dict[str, int]:
-        """The size of every letter for a weight [out, into], shared factors' letters included."""
+        """The size of every letter of `axes`, for a weight [out, into]."""
 
     @abstractmethod
     def start(self, factor: str, *, lookup: bool) -> Draw | None:
@@ -150,6 +157,10 @@ class Delta(ABC):
     def gain(self, weight: Tensor, f: Parts, total: Callable[[Tensor], Tensor]) -> Tensor:
         """g[O] that multiplies (W + dW) x, if `has_gain`. `weight` is the box of W; `total` adds a tensor over the ranks that hold the
         other columns of these rows."""
+        raise NotImplementedError
+
+    def shift(self, f: Parts) -> Tensor:
+        """What is added to the output beside dW x, [O] of the box, if `has_shift`."""
         raise NotImplementedError
 
     def gain_whole(self, weight: "Thin", f: Mapping[str, Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from d9d_lora.methods.dora import gain_of
 from d9d_lora.state.atomic import TEMPORARY, sync, sync_tree
-from d9d_lora.state.merge_plan import FLOATS, Add, Edit, Replace, plan_merge
+from d9d_lora.state.merge_plan import FLOATS, Add, Edit, Replace, Shift, plan_merge
 from d9d_lora.state.peft_config import CONFIG, WEIGHTS, AdapterError
 from d9d_lora.state.peft_read import read_adapter_config
 from d9d_lora.state.safetensors_dir import INDEX, PICKLES, CheckpointError, CheckpointFiles, _inside, open_checkpoint
@@ -139,6 +139,10 @@ class _Merge:
             for _, block in blocks(self.factors, edit.key):
                 yield self._finite(name, block.to(dtype), block)
             return
+        if isinstance(edit, Shift):
+            new = self._shifted(name, edit)
+            yield self._finite(name, new.to(dtype), new)
+            return
         update = self._update(name, edit, torch.float64 if self.files.dtype(name) == torch.float64 else torch.float32)
         for rows, block in blocks(self.files, name):
             new = block if update is None else update(rows, block)
@@ -170,6 +174,11 @@ class _Merge:
 
         return with_magnitude
 
+    def _shifted(self, name: str, edit: Shift) -> Tensor:
+        bias = self.files.read(name) if edit.onto is None else self.factors.read(edit.onto)
+        work = torch.float64 if bias.dtype == torch.float64 else torch.float32
+        return bias.to(work) + edit.scaling * self.factors.read(edit.key).to(work)
+
     def _finite(self, name: str, new: Tensor, old: Tensor) -> Tensor:
         if new.dtype != old.dtype or name in self.edits:
             broken = new.is_floating_point() and not new.isfinite().all()
@@ -187,6 +196,10 @@ class _Merge:
             edit = self.edits.get(name)
             if isinstance(edit, Add):
                 self._verify_sum(name, edit, result)
+                continue
+            if isinstance(edit, Shift):
+                if not torch.equal(_bits(self._shifted(name, edit).to(self.dtype_of(name))), _bits(result.read(name))):
+                    raise AdapterError(f"{name!r} is not b + s b' when it is read back: check the disk, and merge again")
                 continue
             origin, key = (self.factors, edit.key) if isinstance(edit, Replace) else (self.files, name)
             for (_, old), (_, new) in zip(blocks(origin, key), blocks(result, name), strict=True):
@@ -226,7 +239,7 @@ class _Merge:
         return lambda row, sum_: gain_of(magnitude, squares.sqrt())
 
     def report(self, seconds: float) -> MergeReport:
-        added = sum(isinstance(edit, Add) for edit in self.edits.values())
+        added = sum(not isinstance(edit, Replace) for edit in self.edits.values())
         return MergeReport(added, len(self.edits) - added, len(self.files.names()) - len(self.edits), seconds)
 
 

@@ -2,6 +2,7 @@
 
     <layer>.weight  +=  s B A        LoRA, W[out, in]; or its transpose, for GPT-2's Conv1D [in, out] and embeddings [V, d]
     <layer>.weight   =  m (W + s B A) / |W + s B A|       DoRA: every row of [out, in] gets the norm m
+    <layer>.bias    +=  s b          the bias of B
     <name>           =  value        modules trained whole, and biases
 
 What does not fit is an error here, with nothing written.
@@ -49,7 +50,16 @@ class Replace:
     key: str
 
 
-Edit = Add | Replace
+@dataclass(frozen=True)
+class Shift:
+    """bias += scaling * the bias of B (`lora_bias`); `onto` is the adapter's own bias of the layer, if it was trained."""
+
+    key: str
+    scaling: float
+    onto: str | None = None
+
+
+Edit = Add | Replace | Shift
 
 
 def plan_merge(adapter: Path, files: CheckpointFiles, adapter_files: CheckpointFiles, base_config: dict[str, Any]) -> dict[str, Edit]:
@@ -67,6 +77,8 @@ def plan_merge(adapter: Path, files: CheckpointFiles, adapter_files: CheckpointF
         wanted[f"{layer}.weight"] = Add(pair["A"], pair["B"], layers[layer].scaling, layer in parts.lookups, magnitude)
     for layer, key in parts.biases.items():
         wanted[f"{layer}.bias"] = Replace(key)
+    for layer, key in parts.shifts.items():
+        wanted[f"{layer}.bias"] = Shift(key, layers[layer].scaling, parts.biases.get(layer))
     for name, key in parts.others.items():
         wanted[name] = Replace(key)
     if twice := sorted(parts.factors.keys() & {name.rpartition(".")[0] for name in parts.others}):
@@ -124,7 +136,7 @@ def _orient(edits: dict[str, Edit], files: CheckpointFiles, adapter_files: Check
         if dtype not in FLOATS:
             faults.append(f"{name} is stored as {dtype}: a quantised weight cannot take a sum; merge into the original")
             continue
-        if isinstance(edit, Replace):
+        if not isinstance(edit, Add):
             if adapter_files.shape(edit.key) != shape:
                 faults.append(f"{name} is {shape}, the adapter's {edit.key} is {adapter_files.shape(edit.key)}")
             continue
@@ -203,4 +215,4 @@ def _same_bases(parts: Parts, names: dict[str, str], files: CheckpointFiles, ada
             raise AdapterError(f"{key!r} is not the base's {name!r}: the adapter was trained on another base; merge into that one")
 
 
-__all__ = ["FLOATS", "Add", "Edit", "Replace", "plan_merge"]
+__all__ = ["FLOATS", "Add", "Edit", "Replace", "Shift", "plan_merge"]

@@ -3,6 +3,7 @@
     adapter_config.json          what peft.LoraConfig(**json) takes: sorted, the same bytes for the same adapter
     adapter_model.safetensors    base_model.model.<layer>.lora_A.weight [r, in], .lora_B.weight [out, r]
                                  base_model.model.<layer>.lora_embedding_A [r, V], .lora_embedding_B [d, r]
+                                 base_model.model.<layer>.lora_B.bias [out]      with `lora_bias`
                                  base_model.model.<layer>.lora_magnitude_vector [out]          DoRA
                                  base_model.model.<layer>.base_layer.bias        a trained bias of an adapted layer
                                  base_model.model.<name>                         everything else that is trained
@@ -61,6 +62,7 @@ _OURS = {CONFIG, WEIGHTS, "README.md"}  # a directory with anything else in it i
 _FACTORS = {
     (False, "lora_A"): "lora_A.weight",
     (False, "lora_B"): "lora_B.weight",
+    (False, "lora_B_bias"): "lora_B.bias",
     (True, "lora_A"): "lora_embedding_A",
     (True, "lora_B"): "lora_embedding_B",
     (False, MAGNITUDE): MAGNITUDE,

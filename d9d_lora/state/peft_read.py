@@ -27,7 +27,6 @@ from d9d_lora.walk import names_of_modules
 # Fields with which the same tensors give another output. Each is refused unless it has one of these values.
 _REFUSED: dict[str, tuple[Any, str]] = {
     "use_qalora": ((None, False), "QA-LoRA pools its input"),
-    "lora_bias": ((None, False), "biases on B are not known here"),
     "use_bdlora": ((None, False), "block-diagonal factors are not known here"),
     "alora_invocation_tokens": ((None, []), "aLoRA is on for a part of the tokens only"),
     "arrow_config": ((None,), "Arrow mixes several adapters"),
@@ -44,7 +43,7 @@ _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 _HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
+    "layers_to_transform", "lora_bias", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
@@ -56,6 +55,7 @@ class Parts:
 
     factors: dict[str, dict[str, str]] = field(default_factory=dict)  # layer -> {"A" or "B": key}
     lookups: set[str] = field(default_factory=set)  # layers of `factors` that are embeddings
+    shifts: dict[str, str] = field(default_factory=dict)  # layer -> key of the bias of its B (`lora_bias`)
     magnitudes: dict[str, str] = field(default_factory=dict)  # layer -> key of its DoRA magnitude
     base_copies: dict[str, str] = field(default_factory=dict)  # layer -> key of a copy of its base weight
     biases: dict[str, str] = field(default_factory=dict)  # adapted layer -> key of its bias
@@ -81,6 +81,8 @@ def parts_of(keys: Iterable[str]) -> Parts:
                 strange.append(key)
             parts.factors.setdefault(match[1], {})[match[3]] = key
             parts.lookups |= {match[1]} if match[2] else set()
+        elif name != key and name.endswith(".lora_B.bias"):
+            parts.shifts[name.removesuffix(".lora_B.bias")] = key
         elif name != key and name.endswith(f".{MAGNITUDE}"):
             parts.magnitudes[name.removesuffix(f".{MAGNITUDE}")] = key
         elif name == key or re.search(r"(^|\.)(lora_|token_adapter\.|modules_to_save\.)", name):
@@ -93,7 +95,7 @@ def parts_of(keys: Iterable[str]) -> Parts:
             parts.others[name] = key
     halves = [pair for pair in parts.factors.values() if len(pair) == 1]
     strange += [key for pair in halves for key in pair.values()]
-    beside = [*parts.base_copies.items(), *parts.biases.items(), *parts.magnitudes.items()]
+    beside = [*parts.base_copies.items(), *parts.biases.items(), *parts.magnitudes.items(), *parts.shifts.items()]
     strange += [key for la, key in beside if la not in parts.factors]
     if strange:
         raise AdapterError(
@@ -244,6 +246,7 @@ def method_of(path: str | os.PathLike[str], model: nn.Module | None = None) -> L
                     "dropout": config.get("lora_dropout") or 0.0,
                     "scaling": "rslora" if config.get("use_rslora") else "lora",
                     "use_dora": bool(config.get("use_dora")),
+                    "lora_bias": bool(config.get("lora_bias")),
                 },
             }
         )
