@@ -107,7 +107,7 @@ def _term(host: AdaptedLayer, name: str, w: float) -> Term:
         raise ValueError(f"{what} scales the rows of the base weight, and a sum of updates cannot; merge it instead, or leave it out")
     if delta.moves_base:
         raise ValueError(f"{what} took its start off the base weight, so its update alone is not what it learned; convert it to LoRA first")
-    if getattr(delta, "bias", False):
+    if delta.has_shift:
         raise ValueError(f"{what} has a bias of its own, which a combination of products has not; leave it out")
     try:
         B, A = delta.factors(delta.part(adapter.whole_factors(), slice(0, host.out_size), slice(0, host.in_size)))

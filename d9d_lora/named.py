@@ -198,8 +198,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for root in _shared(model, [([], layer) for _, layer in gone]):
         delattr(model, root)
     for host, layer in gone:
-        if layer.origin:
-            host.fold_(_origin_fold(layer))
+        layer.move_back()
         _drop(host, name)
     for names, host in every:
         host.active = tuple(n for n in host.active if n != name)
