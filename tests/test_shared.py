@@ -232,6 +232,19 @@ def test_two_methods_cannot_share_a_name(kind):
     assert before == {n: p.requires_grad for n, p in model.named_parameters()}
 
 
+def test_a_resume_that_drew_other_bases_is_refused():
+    model, method = make("vera", "linear", LAYOUTS["one"])
+    saved = {name: t.clone() for name, t in method.state(model).items()}
+    assert set(saved) == {"vera_A.digest", "vera_B.digest"}
+    method.restore(model)
+    for name, t in method.state(model).items():
+        t.copy_(saved[name])
+    method.restore(model)
+    method.state(model)["vera_B.digest"].add_(1)
+    with pytest.raises(ValueError, match="vera_B was drawn anew from its key, and its values are not those"):
+        method.restore(model)
+
+
 def test_bases_have_the_largest_sizes_of_all_layers():
     model, _ = make("vera", "linear", LAYOUTS["one"])
     assert (model.vera_A.weight.shape, model.vera_B.weight.shape) == ((5, 20), (20, 5))

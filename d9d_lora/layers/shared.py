@@ -10,9 +10,11 @@ there a whole gradient counts 1/ranks on each rank, so that every layer's is a p
 
 [Note: frozen bases]
 They are a buffer that no file and no checkpoint holds: each process draws them whole from their key, on the CPU, so they are the same
-on every layout and device. They stay whole on every rank, as each layer takes another piece of them.
+on every layout and device. A checkpoint holds a digest of them, and a resume that drew others is refused. They stay whole on every
+rank, as each layer takes another piece of them.
 """
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,6 +41,7 @@ class SharedFactor(nn.Module):
         super().__init__()
         self.draw, self.seed, self.name = draw, seed, name
         self.sums_own_parts = True  # [Note: the gradient of a shared factor]
+        self.digest: Tensor | None = None  # of frozen values: what a checkpoint holds of them
         weight = torch.empty(shape, dtype=like.dtype, device=like.device)
         if trained:
             self.weight = nn.Parameter(weight)
@@ -54,6 +57,8 @@ class SharedFactor(nn.Module):
     def reset_parameters(self) -> None:
         """Draws the values: the same on every layout. Does nothing on meta."""
         fill_(self.weight, self.draw, seed=self.seed, name=self.name)
+        if not self.trained and not self.weight.is_meta:
+            self.digest = digest_of(self.weight)
         self._watch()  # again: `to_empty` has replaced the parameter
 
     def place(self, mesh: DeviceMesh | None) -> None:
@@ -76,6 +81,14 @@ class SharedFactor(nn.Module):
                     "be reduced. Call fully_shard on the module that was injected too, after its blocks."
                 )
 
+    def refuse_other_values(self) -> None:
+        """Raises if `digest`, which a checkpoint has filled, is not that of the values drawn here."""
+        if self.digest is not None and not torch.equal(self.digest, digest_of(self.weight)):
+            raise ValueError(
+                f"{self.name} was drawn anew from its key, and its values are not those of the run that is resumed: this torch draws other "
+                "random numbers, so what was trained would mean another update. Resume with the version of torch that the run began with"
+            )
+
     def local(self, *, parts: bool) -> Tensor:
         """To compute with. `parts`: the layer that asks computes only this rank's part of the gradient."""
         p = self.weight
@@ -96,3 +109,9 @@ class SharedFactor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {'trained' if self.trained else 'frozen'}"
+
+
+def digest_of(t: Tensor) -> Tensor:
+    """63 bits, the same on every machine for the same values."""
+    data = hashlib.blake2b(t.detach().float().cpu().contiguous().numpy().tobytes(), digest_size=8).digest()
+    return torch.tensor(int.from_bytes(data, "little") >> 1)
