@@ -30,6 +30,7 @@ class Method:
         exact: The start leaves the output as it was to the bit, and not only to rounding.
         moves: How far the start may move the output, of a method that starts near zero and not at it.
         refuses: layer -> words of the sentence with which that layer is refused.
+        unmerged: layer -> words of the sentence with which a merge into that layer is refused.
         steps: Optimiser steps that are compared with one process.
     """
 
@@ -39,6 +40,7 @@ class Method:
     exact: bool = True
     moves: float = 0.0
     refuses: dict[str, str] = field(default_factory=dict)
+    unmerged: dict[str, str] = field(default_factory=dict)
     steps: int = 2
 
 
@@ -70,6 +72,12 @@ METHODS: dict[str, Method] = {
         {"lora_B", "lora_magnitude_vector"},
         {"lora_A", "lora_magnitude_vector"},
         exact=False,
+    ),
+    "lora_bias": Method(
+        {"kind": "lora", "params": {"r": 3, "alpha": 6, "lora_bias": True}, "bias": "lora_only"},
+        {"lora_B", "lora_B_bias"},
+        refuses=dict.fromkeys(("embedding", "conv2d", "conv_groups", "nf4"), "shifts the output"),
+        unmerged={"linear": "has no bias that that of"},
     ),
     "gaussian": Method(
         {"kind": "lora", "params": {"r": 3, "alpha": 6, "init_lora_weights": "gaussian", "init_zero": "A"}}, {"lora_A"}
@@ -171,6 +179,28 @@ class Along(nn.Module):
         return self.conv(h).flatten(2).transpose(1, 2)
 
 
+class Matrix(nn.Module):
+    """A linear layer that is a plain parameter."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.empty(out, into))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.matrix)
+
+
+class Experts(nn.Module):
+    """Three experts in one parameter, that take tokens in turn."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.empty(3, out, into))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bti,toi->bto", x, self.stack[torch.arange(x.shape[1]) % 3])
+
+
 class Toy(nn.Module):
     """Token ids -> values per token, through an embedding and two blocks."""
 
@@ -194,6 +224,7 @@ class Layer:
         planned: `up` and `down` are in the tensor-parallel plan; others stay whole on every tensor-parallel rank.
         hidden: The width between `up` and `down`.
         quantised: They are packed in four bits once they have their values, in blocks of 6 columns; a merge may unpack them.
+        field: Where the config names the targets.
     """
 
     linear: Callable[[int, int], nn.Module]
@@ -201,6 +232,7 @@ class Layer:
     planned: bool = True
     hidden: int = HIDDEN
     quantised: bool = False
+    field: str = "target_modules"
 
 
 LAYERS = {
@@ -212,8 +244,17 @@ LAYERS = {
     "conv_groups": Layer(
         lambda i, o: Along(nn.Conv1d(i, o, 3, padding=2, dilation=2, groups=4, bias=False)), ["conv"], planned=False
     ),
+    "parameter": Layer(Matrix, ["matrix"], planned=False, field="target_parameters"),
+    "experts": Layer(Experts, ["stack"], planned=False, field="target_parameters"),
     "nf4": Layer(lambda i, o: nn.Linear(i, o), ["up", "down"], hidden=24, quantised=True),
 }
+
+# A stack of matrices takes plain LoRA only.
+for _row in METHODS.values():
+    _params = _row.config.get("params", {})
+    if _row.config["kind"] != "lora" or not _params.keys() <= {"r", "alpha", "scaling", "init_zero"}:
+        if _params.get("init_lora_weights") != "gaussian":
+            _row.refuses.setdefault("experts", "stack of 3 matrices")
 
 # -- layouts --------------------------------------------------------------------------------------------------------------------
 
@@ -311,7 +352,7 @@ def batch(step: int, rows: int = 8, length: int = 4) -> tuple[Tensor, Tensor]:
 
 
 def peft_config(method: str, layer: str, **changes: Any) -> dict[str, Any]:
-    config = {**METHODS[method].config, "target_modules": LAYERS[layer].targets, **changes}
+    config = {**METHODS[method].config, LAYERS[layer].field: LAYERS[layer].targets, **changes}
     if "rank_pattern" in config and "down" not in LAYERS[layer].targets:
         config = {**config, "rank_pattern": {}, "alpha_pattern": {}}
     return config
