@@ -25,6 +25,7 @@ from d9d_lora.named import (
     delete_adapter,
     disable_adapters,
     merge_adapters,
+    only_adapter,
     set_adapter,
     unmerge_adapters,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "inject_peft_and_freeze",
     "merge_adapters",
     "merge_peft",
+    "only_adapter",
     "peft_method_from_config",
     "set_adapter",
     "unmerge_adapters",

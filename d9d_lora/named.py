@@ -302,6 +302,45 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
             host.rows = None
 
 
+@contextmanager
+def only_adapter(model: nn.Module, name: str) -> Iterator[None]:
+    """The model's modules and keys as if this adapter were the only one: for what saves or loads one (`save_adapter`), on any layout.
+
+    Do not call the model inside.
+    """
+    check_known(model, [name])
+    every = hosts(model)
+    chosen = {id(host): layer for _, host in every if (layer := host.adapters_by_name().get(name)) is not None}
+    shared = _shared(model, every)
+    mine = next(iter(chosen.values())).shared
+    hidden = {id(host): others for _, host in every if (others := host._modules.pop("adapters", None)) is not None}
+    for names, host in every:
+        layer = chosen.get(id(host))
+        if layer is not None and layer is not host:
+            layer._modules["base"] = layer.base
+        for n in names:
+            model.set_submodule(n, host.base if layer is None else layer)
+    for root in shared:
+        delattr(model, root)
+    for root, factor in mine.items():
+        model.add_module(root, factor)
+    try:
+        yield
+    finally:
+        for root in mine:
+            delattr(model, root)
+        for root, module in shared.items():
+            model.add_module(root, module)
+        for names, host in every:
+            layer = chosen.get(id(host))
+            if layer is not None and layer is not host:
+                del layer._modules["base"]
+            if id(host) in hidden:
+                host._modules["adapters"] = hidden[id(host)]
+            for n in names:
+                model.set_submodule(n, host)
+
+
 def adapter_status(model: nn.Module) -> dict[str, AdapterStatus]:
     """What each adapter is, by name."""
     active, found = active_adapters(model), {}

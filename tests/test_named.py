@@ -18,6 +18,7 @@ from d9d_lora import (
     inject_peft_and_freeze,
     merge_adapters,
     merge_peft,
+    only_adapter,
     peft_method_from_config,
     set_adapter,
     unmerge_adapters,
@@ -26,6 +27,7 @@ from d9d_lora.combine import keep_at_random
 from d9d_lora.layers import among
 from d9d_lora.named import hosts
 from d9d_lora.placement import ReplicatedSum, fill_, full_of, local_of
+from d9d_lora.state.peft_format import load_adapter_weights, method_of, save_adapter
 from d9d_lora.styles import for_conv1d, parallelize_adapted
 from d9d_lora.walk import adapted_layers, adapter_tensors
 from tests.catalogue import LAYERS, LAYOUTS, METHODS, batch, build, dp_rank, mesh_of, peft_config, plan_of, shard_data_parallel
@@ -225,6 +227,40 @@ def build_empty():
     from tests.catalogue import Toy
 
     return Toy(LAYERS["linear_bias"].linear).to(torch.float64)
+
+
+def saved(rank, layout_name, path):
+    """Writes each adapter of a model on a layout."""
+    model = named(layout_name)
+    for name in ("default", "b"):
+        with only_adapter(model, name):
+            save_adapter(model, f"{path}/{name}")
+    return list(model.state_dict())
+
+
+def test_each_adapter_is_saved_and_loaded_by_itself(pool, tmp_path):
+    model = named()
+    with pytest.raises(ValueError, match="a directory holds one"):
+        save_adapter(model, tmp_path / "all")
+    assert pool.run(2, saved, "tp2", str(tmp_path))[0] == list(model.state_dict())
+    for name, alone in expected().items():
+        if name == "__base__":
+            continue
+        target = build("linear_bias").eval()
+        inject_peft_and_freeze(method_of(tmp_path / name), target)
+        load_adapter_weights(target, tmp_path / name)
+        assert apart(outputs(target), alone) < 1e-5  # a directory holds fp32
+        with torch.no_grad():
+            for p in adapter_of(model, name):
+                p.zero_()
+        with only_adapter(model, name):
+            load_adapter_weights(model, tmp_path / name)
+        set_adapter(model, name)
+        assert apart(outputs(model), alone) < 1e-5
+
+
+def adapter_of(model, name):
+    return [p for _, host in hosts(model) if (la := host.adapters_by_name().get(name)) for p in la.factors().values()]
 
 
 def test_several_compile_to_one_graph():

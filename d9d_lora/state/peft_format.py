@@ -130,6 +130,11 @@ def _trained(model: nn.Module) -> _Trained:
             "the model has no adapter, so there is nothing that PEFT's LoRA format could hold. "
             "Modules trained whole alone are exported as a merged model."
         )
+    if several := next((layer for layer in layers if layer.others()), None):
+        raise AdapterError(
+            f"{several.name} has the adapters {', '.join(several.adapters_by_name())}, and a directory holds one: write each inside "
+            "`with only_adapter(model, name)`"
+        )
     tensors: dict[str, tuple[str, Tensor]] = {}
     starts = {key: start for layer in layers for key, start in _starts(layer).items()}
     biases: dict[str, tuple[str, nn.Parameter]] = {}  # key in the file -> (name in the model, bias)
