@@ -161,3 +161,46 @@ def test_no_process_group_is_needed():
     found = eva(model, targets, dict.fromkeys(targets, (2, 4.0)), steps_of(model, 0, 1), rho=1)
     assert all(e.r <= 2 for e in found.values())
     assert all(e.alpha == 4.0 * e.r / 2 for e in found.values())
+
+
+# -- in the trainer ------------------------------------------------------------------------------------------------------------
+
+EVA = {"kind": "lora", "target_modules": "all-linear", "params": {"r": 3, "alpha": 6, "init_lora_weights": "eva", "eva_config": {"tau": 1.0}}}
+CORDA = {"kind": "lora", "target_modules": ["q_proj", "down_proj"], "params": {"r": 3, "alpha": 6, "init_lora_weights": "corda"}}
+DORA = {"kind": "dora", "target_modules": ["q_proj", "up_proj"], "params": {"r": 3, "alpha": 6, "init_lora_weights": "eva"}}
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    from tests.small_run import make_assets
+
+    return make_assets(tmp_path_factory.mktemp("assets"))
+
+
+@pytest.mark.parametrize("peft", [EVA, CORDA, DORA], ids=["eva", "corda", "dora from eva"])
+def test_a_run_that_starts_from_data_is_the_same_on_layouts_and_resumes(pool, assets, tmp_path, peft):
+    from tests.small_run import losses, run
+
+    overrides = {"peft": peft}
+    (one,) = pool.run(1, run, assets, tmp_path / "one", overrides)
+    assert losses(one)[-1] < losses(one)[0]
+    for name, degrees in (("fsdp2", {}), ("tp2", {"parallel__tp": 2})):
+        found = pool.run(2, run, assets, tmp_path / name, {**overrides, **degrees})[0]
+        assert max(abs(a - b) for a, b in zip(losses(found), losses(one), strict=True)) < 1e-6
+    part = {**overrides, "train__steps": 6, "checkpoint__every": 3, "checkpoint__keep": 9}
+    whole = pool.run(2, run, assets, tmp_path / "whole", part)[0]
+    again = {**part, "checkpoint__resume": str(tmp_path / "whole/checkpoints/step-00000003")}
+    assert (tmp_path / "whole/checkpoints").is_dir()
+    steps = sorted(p.name for p in (tmp_path / "whole/checkpoints").iterdir())
+    again["checkpoint__resume"] = str(tmp_path / "whole/checkpoints" / next(s for s in steps if s.endswith("3")))
+    resumed = pool.run(2, run, assets, tmp_path / "again", again)[0]
+    assert losses(resumed)[-3:] == losses(whole)[-3:]
+    crossed = pool.run(2, run, assets, tmp_path / "crossed", {**again, "parallel__tp": 2})[0]
+    assert max(abs(a - b) for a, b in zip(losses(crossed)[-3:], losses(whole)[-3:])) < 1e-6
+
+
+def test_without_a_survey_the_injection_says_what_is_missing():
+    from d9d_lora import inject_peft_and_freeze, peft_method_from_config
+
+    with pytest.raises(ValueError, match=r"call `method.survey\(model, steps\)`"):
+        inject_peft_and_freeze(peft_method_from_config({**EVA, "target_modules": ["up", "down"]}), build("linear"))

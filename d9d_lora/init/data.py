@@ -36,11 +36,13 @@ class Step:
         run: Runs the model over it.
         mask: bool [batch, length], the tokens of samples; None: all.
         targets: bool [batch, length], of those, the ones with a label.
+        last: The last of a global batch: only there may a survey end, or its end would depend on the number of ranks.
     """
 
     run: Callable[[], object]
     mask: Tensor | None = None
     targets: Tensor | None = None
+    last: bool = True
 
 
 class Summary(Protocol):
@@ -149,7 +151,7 @@ def survey(
         steps: This rank's microbatches; every rank has as many.
         make: The empty summary of a layer, from its name and what its first input is.
         group: The ranks that see different data, in the order of microbatches; None: this rank sees all.
-        enough: Asked after each step whether the summaries will not change any more.
+        enough: Asked after each global batch whether the summaries will not change any more.
 
     Raises:
         ValueError: for a layer that was never called.
@@ -173,7 +175,7 @@ def survey(
                         found[name].add(part)
                 else:
                     found[name] = found[first]
-            if enough(found):
+            if step.last and enough(found):
                 break
     module.train(training)
     if not found:
@@ -340,7 +342,7 @@ def eva(
         A = A * largest.sign()
         if whiten:
             A = A / sizes[: chosen[name], None].sqrt()
-        starts[name] = Eva(A.float(), chosen[name], alpha * chosen[name] / r if adjust_scaling_factors else alpha)
+        starts[name] = Eva(A, chosen[name], alpha * chosen[name] / r if adjust_scaling_factors else alpha)
     return starts
 
 
@@ -383,7 +385,7 @@ def corda(weight: Thin, C: Tensor, r: int, scaling: float, method: str) -> tuple
     S, V = square[part].sqrt(), V[:, part]
     U = weight.times(damped @ V) / S.clamp_min(1e-300)
     root = (S / scaling).sqrt()
-    return (U * root).float(), (root[:, None] * (V.T @ inverse)).float()
+    return U * root, root[:, None] * (V.T @ inverse)
 
 
 __all__ = ["Covariance", "Eva", "Inputs", "Principal", "Step", "corda", "eva", "redistributed", "survey"]

@@ -27,6 +27,7 @@ from d9d_lora.method import InjectionError, PeftInjectionResult
 from d9d_lora.methods.delta import Delta, DoesNotFit, Draw, Geometry, Parts
 from d9d_lora.methods.dora import DoRADelta
 from d9d_lora.methods.merged import MergedDelta, check_slices, found
+from d9d_lora.methods.stacked import StackedDelta
 from d9d_lora.thin import Thin
 
 
@@ -177,6 +178,11 @@ class LoRADelta(Delta):
         if self.init == "orthogonal" and self.r % 2:
             raise DoesNotFit(f"the start orthogonal splits the rank into halves; r={self.r} is odd, give an even rank in rank_pattern")
         return self
+
+    def stacked(self, n: int) -> Delta:
+        if self.bias or self.init not in (True, False, "gaussian"):
+            raise DoesNotFit(f"a stack of {n} matrices takes init_lora_weights true, false or gaussian, and no lora_bias")
+        return StackedDelta(self, n)
 
     def sizes(self, out: int, into: int) -> dict[str, int]:
         return {"O": out, "I": into, "R": self.r}

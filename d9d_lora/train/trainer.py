@@ -182,10 +182,12 @@ class Trainer:
 
         def steps() -> Iterator[Step]:
             for step in range(SURVEYED):
-                for batch in self.batches.step(step * config.data.batch_size):
+                micro = self.batches.step(step * config.data.batch_size)
+                for i, batch in enumerate(micro):
                     batch = batch.to(world.device)
                     inputs = models.accepted(module, batch.inputs())
-                    yield Step(lambda inputs=inputs: module(**inputs), batch.filled, batch.labels != IGNORE)  # type: ignore[misc]
+                    last = i == len(micro) - 1
+                    yield Step(lambda inputs=inputs: module(**inputs), batch.filled, batch.labels != IGNORE, last)  # type: ignore[misc]
 
         self.method.survey(module, steps(), group=world.dp_group())
         self.tracker.say(f"survey of the data: {time.monotonic() - began:.1f} s")
