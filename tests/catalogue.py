@@ -1,5 +1,6 @@
 """The catalogue the laws run over: METHODS x LAYERS x LAYOUTS. A new method, layer or layout is a row here, not a test file."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from transformers.pytorch_utils import Conv1D
 
 from d9d_lora.quant.load import quantise_
+from d9d_lora.registry import resolve
 from d9d_lora.train.model import sum_gradients
 
 # -- methods ------------------------------------------------------------------------------------------------------------------
@@ -249,12 +251,22 @@ LAYERS = {
     "nf4": Layer(lambda i, o: nn.Linear(i, o), ["up", "down"], hidden=24, quantised=True),
 }
 
-# A stack of matrices takes plain LoRA only.
+# What plain parameters refuse: whole kinds, what is for other layers, and on a stack of matrices all but plain LoRA.
 for _row in METHODS.values():
     _params = _row.config.get("params", {})
-    if _row.config["kind"] != "lora" or not _params.keys() <= {"r", "alpha", "scaling", "init_zero"}:
-        if _params.get("init_lora_weights") != "gaussian":
-            _row.refuses.setdefault("experts", "stack of 3 matrices")
+    if "target_parameters" in resolve(_row.config["kind"])[0].unused:  # type: ignore[attr-defined]
+        _row.refuses |= dict.fromkeys(("parameter", "experts"), "target_parameters cannot be used")
+    elif "linear" in _row.refuses:
+        _row.refuses |= dict.fromkeys(("parameter", "experts"), _row.refuses["linear"])
+    elif _params.get("lora_bias"):
+        _row.refuses |= {"parameter": "only linear layers take", "experts": "no lora_bias"}
+    elif _row.config["kind"] != "lora" or _params.keys() & {"use_dora", "enable_lora"} or _params.get("init_lora_weights") in (
+        "orthogonal",
+        "olora",
+        "pissa",
+        "pissa_niter_2",
+    ):
+        _row.refuses["experts"] = "stack of 3 matrices"
 
 # -- layouts --------------------------------------------------------------------------------------------------------------------
 
@@ -283,6 +295,22 @@ LAYOUTS = {
     "tp2_sp": Layout(2, tp=2, sequence=True),
     "fsdp2_tp2": Layout(4, shard=2, tp=2),
 }
+
+
+# Every cell on every layout takes half an hour: D9D_LORA_EVERY_CELL=1, which writes docs/matrix.md. Without it, the methods below
+# go through all layouts on the layers below, and every other cell through two of them, in turn.
+EVERY_CELL = bool(os.environ.get("D9D_LORA_EVERY_CELL"))
+PRINCIPAL = {"lora", "adalora", "dora", "pissa", "loha", "lokr", "vblora", "vera", "randlora"}, {"linear_bias", "embedding"}
+IN_TURN = [("fsdp2", "tp2"), ("fsdp2_tp2", "tp4"), ("hsdp2x2", "tp2_sp"), ("fsdp4", "tp2"), ("replicate2", "fsdp2_tp2")]
+
+
+def layouts_of(method: str, layer: str) -> list[str]:
+    """The parallel layouts on which a cell is tried in this run."""
+    every = [name for name in LAYOUTS if name != "one"]
+    if EVERY_CELL or (method in PRINCIPAL[0] and layer in PRINCIPAL[1]):
+        return every
+    turn = list(METHODS).index(method) + list(LAYERS).index(layer)
+    return list(IN_TURN[turn % len(IN_TURN)])
 
 
 def mesh_of(layout: Layout) -> DeviceMesh:

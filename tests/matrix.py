@@ -1,12 +1,13 @@
 """Writes `docs/matrix.md`: does method X work with layer Y under layout Z? Told by the laws that have just run, never by hand.
 
-A cell is the cell tests of `test_laws.py` for one method and one layer: in one process, and on each layout. The page is written
-when a run has been through all cells, so a part of the suite never writes half a table.
+A cell is the cell tests of `test_laws.py` for one method and one layer: in one process, and on layouts. The page is written when a
+run has been through all cells, and never half of it. A page that was written with D9D_LORA_EVERY_CELL=1 knows more than an ordinary run,
+which leaves it as it is.
 """
 
 from pathlib import Path
 
-from tests.catalogue import LAYERS, LAYOUTS, METHODS
+from tests.catalogue import EVERY_CELL, LAYERS, LAYOUTS, METHODS, layouts_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/matrix.md"
 ONE = "one"
@@ -24,8 +25,10 @@ Written by the test run (`tests/matrix.py`); do not edit. Each cell stands for t
 changes nothing and every factor comes alive; starts, gradients of every factor and weights after AdamW steps are equal on the
 layout; merged is adapted, and unmerged is the original to the bit, on the layout.
 
-A cell names the layouts on which all of that holds; **all** are
+A cell names the layouts on which it was tried, and all of that holds; **all** are
 """
+EVERY = "Every cell was tried on every layout."
+TURNS = "The commonest methods were tried on every layout, other cells on layouts in turn (`layouts_of` in `tests/catalogue.py`)."
 
 
 class Matrix:
@@ -43,11 +46,11 @@ class Matrix:
             self.outcomes[law, params["method"], params["layer"], params.get("layout", ONE)] = passed
 
     def is_whole(self) -> bool:
-        """Whether every cell was run."""
+        """Whether every cell of this run's catalogue was run."""
         return all(
             (m, la) in self.refusals
             if la in METHODS[m].refuses
-            else all((law, m, la, layout) in self.outcomes for layout in LAYOUTS for law in (LAWS if layout == ONE else PARALLEL_LAWS))
+            else all((law, m, la, layout) in self.outcomes for layout in (ONE, *layouts_of(m, la)) for law in laws_on(layout))
             for m in METHODS
             for la in LAYERS
         )
@@ -55,18 +58,15 @@ class Matrix:
     def cell(self, method: str, layer: str) -> str:
         if (method, layer) in self.refusals:
             return f"[refused](#{anchor(method, layer)})"
-        green = [
-            layout
-            for layout in LAYOUTS
-            if all(self.outcomes[law, method, layer, layout] for law in (LAWS if layout == ONE else PARALLEL_LAWS))
-        ]
+        tried = [layout for layout in LAYOUTS if layout in (ONE, *layouts_of(method, layer))]
+        green = [layout for layout in tried if all(self.outcomes[law, method, layer, layout] for law in laws_on(layout))]
         return "all" if len(green) == len(LAYOUTS) else ", ".join(green) or "none"
 
     def page(self) -> str:
         lines = [HEAD + ", ".join(f"`{name}`" for name in LAYOUTS) + ".\n"]
         lines += ["| | " + " | ".join(f"`{la}`" for la in LAYERS) + " |", "|---|" + "---|" * len(LAYERS)]
         lines += [f"| `{m}` | " + " | ".join(self.cell(m, la) for la in LAYERS) + " |" for m in METHODS]
-        lines += ["", f"{len(METHODS)} methods x {len(LAYERS)} layers x {len(LAYOUTS)} layouts, defined in `tests/catalogue.py`."]
+        lines += ["", EVERY if EVERY_CELL else TURNS, f"{len(METHODS)} methods x {len(LAYERS)} layers x {len(LAYOUTS)} layouts, defined in `tests/catalogue.py`."]
         if self.refusals:
             lines += ["", "## Refusals", "", "What a user is told, in place of a result:"]
         for (m, la), sentence in self.refusals.items():
@@ -74,14 +74,24 @@ class Matrix:
         return "\n".join(lines) + "\n"
 
     def write(self) -> bool:
-        """Writes the page if it is whole and differs from what is there; returns whether it did."""
+        """Writes the page if it is whole and says something new; returns whether it did."""
         if not self.is_whole():
             return False
-        page = self.page()
-        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page:
+        page, there = self.page(), PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+        knows_more = EVERY in there and not EVERY_CELL and all(self.outcomes.values()) and outline(there) == outline(page)
+        if page == there or knows_more:
             return False
         PAGE.write_text(page, encoding="utf-8")
         return True
+
+
+def laws_on(layout: str) -> set[str]:
+    return LAWS if layout == ONE else PARALLEL_LAWS
+
+
+def outline(page: str) -> list[str]:
+    """The rows and columns of a page, and its refusals, without what cells say."""
+    return [line.split("|")[1] if line.startswith("| `") else line for line in page.splitlines() if line not in (EVERY, TURNS)]
 
 
 def anchor(method: str, layer: str) -> str:

@@ -24,6 +24,7 @@ from tests.catalogue import (
     batch,
     build,
     dp_rank,
+    layouts_of,
     mesh_of,
     peft_config,
     plan_of,
@@ -211,8 +212,7 @@ def laws_of_a_cell(rank, method, layer, layout, summed):
     law_of_merging(rank, method, layer, layout, None)
 
 
-@pytest.mark.parametrize("layout", PARALLEL)
-@pytest.mark.parametrize("method,layer", CELLS)
+@pytest.mark.parametrize("method,layer,layout", [(m, la, layout) for m, la in CELLS for layout in layouts_of(m, la)])
 def test_starts_gradients_steps_and_merge_equal_one_process(pool, method, layer, layout):
     summed = list(METHODS).index(method) % 2 == 0  # every other row takes the plain loop, the others the trainer's one sum
     pool.run(LAYOUTS[layout].world, laws_of_a_cell, method, layer, layout, summed)
