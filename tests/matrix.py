@@ -66,7 +66,8 @@ class Matrix:
         lines = [HEAD + ", ".join(f"`{name}`" for name in LAYOUTS) + ".\n"]
         lines += ["| | " + " | ".join(f"`{la}`" for la in LAYERS) + " |", "|---|" + "---|" * len(LAYERS)]
         lines += [f"| `{m}` | " + " | ".join(self.cell(m, la) for la in LAYERS) + " |" for m in METHODS]
-        lines += ["", EVERY if EVERY_CELL else TURNS, f"{len(METHODS)} methods x {len(LAYERS)} layers x {len(LAYOUTS)} layouts, defined in `tests/catalogue.py`."]
+        lines += ["", EVERY if EVERY_CELL else TURNS]
+        lines += [f"{len(METHODS)} methods x {len(LAYERS)} layers x {len(LAYOUTS)} layouts, defined in `tests/catalogue.py`."]
         if self.refusals:
             lines += ["", "## Refusals", "", "What a user is told, in place of a result:"]
         for (m, la), sentence in self.refusals.items():
