@@ -16,8 +16,8 @@ from d9d_lora.quant import linear as quant_linear
 from d9d_lora.quant.linear import NF4Linear
 from d9d_lora.quant.load import packed_tensors, quantise_, sinks
 from d9d_lora.quant.nf4 import CODE, dequantise, packed_shapes, quantise, restored
-from d9d_lora.state.checkpoint import CheckpointError
 from d9d_lora.state.reader import load_checkpoint
+from d9d_lora.state.safetensors_dir import CheckpointError
 from d9d_lora.styles import parallelize_adapted
 from d9d_lora.train.model import bytes_held
 from d9d_lora.walk import adapted_layers, adapter_tensors
