@@ -91,7 +91,7 @@ def test_masks_factors_and_memory_are_those_of_one_process(pool, layout, params)
     assert len(set(ranks)) > 1, "every layer got the same rank, so a budget for each layer would pass too"
 
 
-@pytest.mark.parametrize("layer", ["conv1d", "embedding"])
+@pytest.mark.parametrize("layer", ["conv1d", "embedding", "conv2d", "nf4"])
 @pytest.mark.parametrize("layout", ["fsdp2", "fsdp2_tp2"])
 def test_on_other_layers(pool, layer, layout):
     pool.run(LAYOUTS[layout].world, law_of_the_budget, layer, layout, PARAMS, None)
