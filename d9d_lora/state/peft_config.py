@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from d9d_lora.layers import AdaptedConv1D, AdaptedLayer
+from d9d_lora.layers import AdaptedConv1D, AdaptedEmbedding, AdaptedLayer, AdaptedLinear
 from d9d_lora.methods.delta import Delta
 from d9d_lora.methods.dora import DoRADelta
 from d9d_lora.methods.lora import LoRADelta
@@ -84,14 +84,17 @@ def on_disk(layer: AdaptedLayer) -> LoRADelta:
     return replace(low, r=2 * low.r, alpha=low.alpha * (2**0.5 if low.rule == "rslora" else 2))
 
 
-def holds(deltas: Iterable[Delta]) -> bool:
-    """Whether PEFT's LoRA directory can hold adapters with these deltas together."""
+WRITTEN = (AdaptedLinear, AdaptedEmbedding)  # layer kinds whose factors are matrices in PEFT's files too
+
+
+def holds(layers: Iterable[AdaptedLayer]) -> bool:
+    """Whether one PEFT directory can hold the adapters of all these layers."""
     found = set()
-    for delta in deltas:
-        low = delta.low if isinstance(delta, DoRADelta) else delta
-        if not isinstance(low, LoRADelta):
+    for layer in layers:
+        low = layer.delta.low if isinstance(layer.delta, DoRADelta) else layer.delta
+        if not isinstance(low, LoRADelta) or not isinstance(layer, WRITTEN):
             return False
-        found.add((low is delta, low.bias))  # one `use_dora` and one `lora_bias` for all layers
+        found.add((low is layer.delta, low.bias))  # one `use_dora` and one `lora_bias` for all layers
     return len(found) == 1
 
 

@@ -45,6 +45,7 @@ from d9d_lora.state.names import BASE, PEFT_PREFIX, clean
 from d9d_lora.state.peft_config import (
     CONFIG,
     WEIGHTS,
+    WRITTEN,
     AdapterError,
     check_config,
     config_of,
@@ -178,6 +179,9 @@ def _describe(model: nn.Module, trained: _Trained, base: str | None, task_type: 
 def _factors(path: str, layer: AdaptedLayer) -> dict[str, tuple[str, Tensor]]:
     if layer.delta.kind != "lora":
         raise AdapterError(f"{layer.name} has a {layer.delta.kind!r} adapter; PEFT's LoRA format holds 'lora' only")
+    if not isinstance(layer, WRITTEN):
+        kind = type(layer.base).__name__
+        raise AdapterError(f"{layer.name} is a {kind}, whose adapter is not written in PEFT's format yet; `save_trained` writes ours")
     found: dict[str, tuple[str, Tensor]] = {}
     shapes = layer.delta.shapes(layer.out_size, layer.in_size)
     for name, p in layer.factors().items():

@@ -449,7 +449,7 @@ class Trainer:
 
     def _write_adapter(self, path: Path) -> None:
         """PEFT's directory where PEFT has the method, else our own; either is read back and compared before it counts."""
-        if holds(layer.delta for layer in adapted_layers(self.model)):
+        if holds(adapted_layers(self.model)):
             save_adapter(self.model, path, base=self.config.model.path)
         else:
             save_trained(self.params, self.config.peft, path)
