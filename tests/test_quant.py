@@ -545,6 +545,27 @@ def test_dora_and_loftq_train_on_shards(pool, assets, tmp_path):
     assert found == pytest.approx(expected, rel=1e-4)  # the starts are sums in fp32
 
 
+def test_layers_that_share_a_packed_weight(pool, assets, tmp_path):
+    """`layer_replication`: one packed weight, filled once; LoftQ starts the adapters of all its copies."""
+    params = {"r": 4, "alpha": 8, "init_lora_weights": "loftq"}
+    options = {**QUANTISED, "peft__params": params, "peft__layer_replication": [[0, 2], [1, 2]], "train__steps": 2}
+    expected = losses(pool.run(1, run, assets, tmp_path / "one", options)[0])
+    assert losses(pool.run(2, run, assets, tmp_path / "two", options)[0]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_table_counts_weights_and_not_bytes(pool, assets, one):
+    census = json.loads((one[0] / "census.json").read_text(encoding="utf-8"))
+    assert {row["weight"] for row in census["rows"]} == {"128 x 128 nf4", "64 x 128 nf4"}
+    model = make_llama(assets)
+    assert census["total"] - census["trained"] == sum(p.numel() for p in model.parameters())
+
+
+def make_llama(assets):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(assets / "model")
+
+
 def test_a_run_is_resumed_beside_the_same_base_only(pool, assets, tmp_path):
     pool.run(1, run, assets, tmp_path, {**QUANTISED, "train__steps": 1})
     with pytest.raises(AssertionError, match=r"quantise: the checkpoint has \['nf4', 'all-linear'\], this run None"):

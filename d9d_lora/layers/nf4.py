@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from d9d_lora.init.loftq import loftq
-from d9d_lora.layers.base import HOOKS
+from d9d_lora.layers.base import HOOKS, Fold
 from d9d_lora.layers.linear import AdaptedLinear
 from d9d_lora.methods.delta import DoesNotFit, Geometry
 from d9d_lora.placement import at_least_fp32, box_of, local_of
@@ -71,19 +71,18 @@ class AdaptedNF4Linear(AdaptedLinear):
 
     # -- starts ------------------------------------------------------------------------------------------------------------
 
-    def start_from_unquantised(self, W: Tensor) -> bool:
-        """Called while a checkpoint streams, with the weight as the packed one is placed: LoftQ, if the delta starts so.
+    def start_from_unquantised(self, W: Tensor, *, alone: bool = True) -> None:
+        """LoftQ: called while a checkpoint streams, with the weight as the packed one is placed; `alone`: no other adapter shares the base.
 
-        Packs the base, and keeps the factors until `reset_parameters`; returns whether it did.
+        Packs the base, and keeps the factors until `reset_parameters`.
         """
-        if not self.delta.loftq_iter:
-            return False
+        if self.delta.loftq_iter > 1 and not alone:
+            raise ValueError(f"{self.name}: with loftq_iter above 1 a base is made for one adapter, and several share this one. Give 1")
         if self.factor("lora_A").is_meta:
             raise ValueError(f"{self.name}: its factors are on meta; call to_empty(device=...) on the model before the weights are loaded")
         B, A = loftq(self.base, W, self.delta.sizes(self.out_size, self.in_size)["R"], self.delta.scaling, self.delta.loftq_iter)
         for name, value in {"lora_A": A, "lora_B": B}.items():
             self.found[name] = value[box_of(self.factor(name))].clone()
-        return True
 
     def start_from_weight(self) -> None:
         if self.delta.loftq_iter:
@@ -121,10 +120,10 @@ class AdaptedNF4Linear(AdaptedLinear):
         self.base = kept
 
     @torch.no_grad()
-    def merge_with_base_(self, whole: dict[str, Tensor] | None = None) -> nn.Module:
+    def merge_with_base_(self, whole: dict[str, Tensor] | None = None, change: Fold | None = None) -> nn.Module:
         plain: Any = self.plain_base()
         self.base = plain
-        return super().merge_with_base_(whole)
+        return super().merge_with_base_(whole, change)
 
     def give_back(self) -> nn.Module:
         if isinstance(self.base, NF4Linear):

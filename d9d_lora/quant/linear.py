@@ -87,6 +87,10 @@ class NF4Linear(nn.Module):
         shape = torch.Size((self.out_features, self.in_features))
         return place_like(self.weight, "OI", shape, "OI", self.dtype, device="meta")
 
+    def hidden(self) -> int:
+        """How many more weights there are than numbers in the packed tensors."""
+        return self.out_features * self.in_features - sum(t.numel() for t in self.packed())
+
     def columns_here(self) -> int:
         return min(self.in_features, 2 * local_of(self.weight).shape[1])  # only whole rows may have an odd end
 

@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from d9d_lora.layers import AdaptedLayer, AdaptedLinear
+from d9d_lora.layers import AdaptedLinear
 from d9d_lora.layers.base import move_hooks
+from d9d_lora.layers.nf4 import AdaptedNF4Linear
 from d9d_lora.placement import local_of
 from d9d_lora.quant.linear import NF4Linear
-from d9d_lora.quant.nf4 import BLOCK
+from d9d_lora.quant.nf4 import BLOCK, Packed
 from d9d_lora.targets import ALL_LINEAR, NoMatch, hint, named
 from d9d_lora.walk import names_of_modules, output_head, refuse_adapted, refuse_sharded
 
@@ -79,27 +80,35 @@ def _refuse_shared(model: nn.Module, found: list[tuple[list[str], nn.Linear]]) -
             )
 
 
-def quantised(model: nn.Module) -> list[tuple[str, NF4Linear, AdaptedLayer | None]]:
-    """(name, layer, its adapter) of every quantised layer of a model, adapted or not."""
-    owners = {id(m.base): m for m in model.modules() if isinstance(m, AdaptedLayer)}
-    return [(name, m, owners.get(id(m))) for name, m in model.named_modules() if isinstance(m, NF4Linear)]
+def quantised(model: nn.Module) -> list[tuple[str, NF4Linear, list[AdaptedNF4Linear]]]:
+    """(name, layer, its adapters) of every packed weight of a model, adapted or not; replicated layers share one, under the first name."""
+    found: dict[int, tuple[str, NF4Linear, list[AdaptedNF4Linear]]] = {}
+    for name, m in model.named_modules():
+        if isinstance(m, NF4Linear):
+            found.setdefault(id(m.weight), (name, m, []))
+    for m in model.modules():
+        if isinstance(m, AdaptedNF4Linear) and isinstance(m.base, NF4Linear):
+            found[id(m.base.weight)][2].append(m)
+    return list(found.values())
 
 
 def sinks(model: nn.Module) -> Sinks:
     """What `load_checkpoint` fills in place of the packed tensors: name of a weight -> (its outline, what takes this rank's part)."""
-    return {f"{name}.weight": (layer.outline(), partial(_take, layer, adapter)) for name, layer, adapter in quantised(model)}
+    return {f"{name}.weight": (layer.outline(), partial(_take, layer, adapters)) for name, layer, adapters in quantised(model)}
 
 
 def packed_tensors(model: nn.Module) -> set[str]:
-    """The names of tensors that no checkpoint holds: they are made from the weights."""
-    return {f"{name}.{leaf}" for name, _, _ in quantised(model) for leaf in ("absmax", "span")}
+    """The names of tensors that no checkpoint holds as they are: `load_checkpoint` skips them, and fills the `sinks`."""
+    return {f"{name}.{leaf}" for name, m in model.named_modules() if isinstance(m, NF4Linear) for leaf in Packed._fields}
 
 
-def _take(layer: NF4Linear, adapter: AdaptedLayer | None, values: Tensor) -> None:
-    values = values.to(local_of(layer.weight).device)
-    start = getattr(adapter, "start_from_unquantised", None)
-    if start is None or not start(layer.placed(values)):
-        layer.pack(layer.placed(values))
+def _take(layer: NF4Linear, adapters: list[AdaptedNF4Linear], values: Tensor) -> None:
+    W = layer.placed(values.to(local_of(layer.weight).device))
+    asking = [adapter for adapter in adapters if adapter.delta.loftq_iter]
+    if not asking:
+        layer.pack(W)
+    for adapter in asking:
+        adapter.start_from_unquantised(W, alone=len(adapters) == 1)
 
 
 __all__ = ["Sinks", "packed_tensors", "quantise_", "quantised", "sinks"]

@@ -12,10 +12,11 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from d9d_lora.placement import local_of
+from d9d_lora.quant.linear import NF4Linear
 from d9d_lora.state.names import clean
 from d9d_lora.train.config import TrackerConfig
 from d9d_lora.walk import adapted_layers
@@ -32,9 +33,9 @@ def census(module: nn.Module, shards: int = 1) -> dict[str, Any]:
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     seen: set[int] = set()
 
-    def tell(name: str, how: str, weight: nn.Parameter, base: str, params: Mapping[str, nn.Parameter]) -> None:
+    def tell(name: str, how: str, weight: Tensor, base: str, params: Mapping[str, nn.Parameter], form: str = "") -> None:
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", clean(name))
-        shape = " x ".join(map(str, weight.shape))
+        shape = " x ".join(map(str, weight.shape)) + form
         trained = {n: f"{' x '.join(map(str, p.shape))} {placement_of(p)}" for n, p in params.items()}
         row = rows.setdefault(
             (kind, how, shape, base, str(trained)),
@@ -46,7 +47,9 @@ def census(module: nn.Module, shards: int = 1) -> dict[str, Any]:
         seen.update(map(id, params.values()))
 
     for layer in adapted_layers(module):
-        tell(layer.name, str(layer.delta), layer.base.weight, str(layer.placing), layer.factors())  # type: ignore[arg-type]
+        packed = isinstance(layer.base, NF4Linear)
+        weight: Tensor = layer.base.outline() if packed else layer.base.weight  # type: ignore[assignment,operator]
+        tell(layer.name, str(layer.delta), weight, str(layer.placing), layer.factors(), " nf4" if packed else "")
     shared = {id(f.weight) for layer in adapted_layers(module) for f in layer.shared.values()}
     for name, p in module.named_parameters():
         if id(p) in shared:
@@ -57,7 +60,7 @@ def census(module: nn.Module, shards: int = 1) -> dict[str, Any]:
     return {
         "rows": table,
         "trained": sum(r["elements"] for r in table),
-        "total": sum(p.numel() for p in module.parameters()),
+        "total": sum(p.numel() for p in module.parameters()) + sum(m.hidden() for m in module.modules() if isinstance(m, NF4Linear)),
         "bytes_here": int(sum(r["bytes_here"] for r in table)),
     }
 
