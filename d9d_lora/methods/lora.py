@@ -28,6 +28,8 @@ from d9d_lora.methods.delta import Delta, DoesNotFit, Draw, Geometry, Parts
 from d9d_lora.methods.dora import DoRADelta
 from d9d_lora.methods.merged import MergedDelta, check_slices, found
 from d9d_lora.methods.stacked import StackedDelta
+from d9d_lora.replicate import restack, restacked
+from d9d_lora.state.reader import named_state
 from d9d_lora.thin import Thin
 
 
@@ -123,6 +125,9 @@ class LoRAConfig(AdapterConfig):
 
     kind: Literal["lora"] = "lora"
     params: LoRAParameters = Field(default_factory=LoRAParameters)  # type: ignore[arg-type]
+    layer_replication: list[tuple[int, int]] | None = Field(
+        None, description="ranges [start, end) of the model's layers to stack anew, which share base weights and have adapters of their own"
+    )
 
 
 class DoRAConfig(LoRAConfig):
@@ -317,7 +322,22 @@ class LoRA(AdapterMethod[LoRAConfig]):
                 f"init_lora_weights: {self.config.params.init_lora_weights} starts from data: call `method.survey(model, steps)` on the "
                 "model with its weights before the injection (the trainer does), see d9d_lora.init.data.Step"
             )
-        return super().inject(module)
+        if not self.config.layer_replication:
+            return super().inject(module)
+        stack = restack(module, self.config.layer_replication)
+        keys = [name for name, _ in named_state(module)]
+        try:
+            result = super().inject(module)
+        except Exception:
+            stack.restore(module)
+            raise
+        result.load_state_mappers = stack.mappers(keys, result.load_state_mappers)
+        return result
+
+    def remove(self, module: nn.Module) -> None:
+        super().remove(module)
+        if (stack := restacked(module)) is not None:
+            stack.restore(module)
 
     # -- sites -----------------------------------------------------------------------------------------------------------------
 

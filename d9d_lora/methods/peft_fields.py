@@ -22,6 +22,7 @@ _TARGETS = (
     "modules_to_save",
     "bias",
     "target_parameters",
+    "layer_replication",
     "ensure_weight_tying",
 )
 _PARAMETERS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "lora_bias", "use_dora")
@@ -45,7 +46,6 @@ _REFUSED = {
     "use_qalora": "QA-LoRA pools the input by groups of a GPTQ base, which is not read here",
     "qalora_group_size": "it goes with use_qalora, which is refused, and means nothing without",
     "monteclora_config": "MonteCLoRA samples its factors in every forward and adds a loss of its own",
-    "layer_replication": "it builds another model out of the base's layers; build that model first, and adapt it",
     "runtime_config": "ephemeral offloading is not done here; shard the base instead",
     "use_bdlora": "BD-LoRA's factors are block-diagonal, so that servers need no sum; ours add no collective as they are",
     "arrow_config": "Arrow mixes several adapters by the input; this config is of one",

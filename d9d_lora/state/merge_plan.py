@@ -70,6 +70,11 @@ def plan_merge(adapter: Path, files: CheckpointFiles, adapter_files: CheckpointF
             adapter changes one side.
     """
     config, parts, layers = meanings(adapter)
+    if config.get("layer_replication"):
+        raise AdapterError(
+            f"layer_replication = {config['layer_replication']}: copies of a layer share one weight and have an adapter each, so no merged "
+            "weight can hold them all. Serve the adapter unmerged"
+        )
     fan = bool(config.get("fan_in_fan_out"))
     wanted: dict[str, Edit] = {}
     for layer, pair in parts.factors.items():

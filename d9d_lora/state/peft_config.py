@@ -17,6 +17,7 @@ from d9d_lora.layers import AdaptedConv1D, AdaptedEmbedding, AdaptedLayer, Adapt
 from d9d_lora.methods.delta import Delta
 from d9d_lora.methods.dora import DoRADelta
 from d9d_lora.methods.lora import LoRADelta
+from d9d_lora.replicate import restacked
 from d9d_lora.state.names import clean
 from d9d_lora.targets import by_name, named
 from d9d_lora.walk import names_of_modules
@@ -48,6 +49,7 @@ def config_of(model: nn.Module, layers: Sequence[AdaptedLayer], *, bias: str, wh
         "fan_in_fan_out": any(isinstance(layer, AdaptedConv1D) for layer in layers),
         "inference_mode": True,
         "init_lora_weights": True,
+        "layer_replication": stack.ranges if (stack := restacked(model)) else None,
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_bias": _lora_bias(deltas),

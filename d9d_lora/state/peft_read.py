@@ -34,13 +34,13 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "velora_config": ((None,), "VeLoRA is not known here"),
     "monteclora_config": ((None,), "MonteCLoRA samples its factors"),
     "ensure_weight_tying": ((None, False), "one adapter for two tied layers is not known here"),
-    "layer_replication": ((None, []), "it builds another model out of the base's layers"),
     "target_parameters": ((None, []), "adapters of bare parameters (fused experts) are not known here"),
     "trainable_token_indices": ((None, [], {}), "trained rows of an embedding are not known here"),
 }
 # Starts after which the base weights are not the published ones: PEFT changes them again at every load.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 _HARMLESS = {
+    "layer_replication",
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "lora_bias", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
@@ -223,6 +223,8 @@ def method_of(path: str | os.PathLike[str], model: nn.Module | None = None) -> L
     targets: list[str] | str = sorted(layers)
     if model is not None:
         names = [clean(f"{n}.")[:-1] for ns, _ in names_of_modules(model) for n in ns]
+        if config.get("layer_replication"):  # the layers there will be, not those there are
+            names = sorted(layers)
         if lacking := sorted(set(layers) - set(names)):
             raise AdapterError(f"{path} adapts {lacking[:5]}, which this model does not have{hint(lacking[:5], names)}")
         targets = targets_of(list(layers), names)
@@ -240,6 +242,7 @@ def method_of(path: str | os.PathLike[str], model: nn.Module | None = None) -> L
                 "alpha_pattern": pattern_of(alphas, alpha),
                 "modules_to_save": whole or None,
                 "bias": bias,
+                "layer_replication": config.get("layer_replication") or None,
                 "params": {
                     "r": r,
                     "alpha": alpha,

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.placement import local_of
 from d9d_lora.quant.load import packed_tensors, quantise_, sinks
+from d9d_lora.replicate import groups_that_share
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperSequential
 from d9d_lora.state.reader import LoadReport, hf_prefix_mapper, load_checkpoint
 from d9d_lora.state.safetensors_dir import open_checkpoint
@@ -232,8 +233,8 @@ def apply_data_parallel(module: nn.Module, mesh: DeviceMesh, parallel: ParallelC
     if parallel.dp_replicate * parallel.dp_shard == 1:
         return
     dp = mesh["dp_replicate", "dp_shard"] if parallel.dp_replicate > 1 else mesh["dp_shard"]
-    for _, block in blocks_of(module):
-        fully_shard(block, mesh=dp)
+    for blocks in groups_that_share([block for _, block in blocks_of(module)]):
+        fully_shard(blocks, mesh=dp)
     fully_shard(module, mesh=dp)
     sum_gradients(module)
 

@@ -259,6 +259,7 @@ VALUES = {
     "use_dora": True,
     "lora_bias": True,
     "target_parameters": ["experts.w"],
+    "layer_replication": [(0, 2), (1, 2)],
     "ensure_weight_tying": True,
 }
 COMPANY = {
