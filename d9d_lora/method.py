@@ -10,7 +10,7 @@ is optional for a method: `survey`, `initialise`, `state`, `restore`, `add_extra
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Self, TypeVar
 
@@ -98,6 +98,14 @@ class PeftMethod(ABC, Generic[TConfig]):
 
     def restore(self, module: nn.Module) -> None:
         """Called after the trained parameters and `state` have been loaded from a checkpoint."""
+
+    def compact(self, module: nn.Module, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a file with the result holds, by name: the trained `params`, or a smaller form of some. Collective."""
+        return params
+
+    def expand(self, module: nn.Module, held: Mapping[str, Callable[[], Tensor]]) -> tuple[set[str], set[str]]:
+        """Fills what `compact` has made smaller from a file's tensors; (names in the file, names of parameters) it has dealt with."""
+        return set(), set()
 
     def add_extra_loss(self, module: nn.Module) -> Tensor | None:
         """Adds the gradient of a loss term of the method's own to the finished gradients, and returns the term, or None.

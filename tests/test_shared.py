@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
@@ -16,6 +17,7 @@ from d9d_lora.layers.base import AdaptedLayer
 from d9d_lora.layers.shared import SharedFactor
 from d9d_lora.methods.vblora import INDICES, WEIGHTS, blocks_of, index_dtype, logits_of, read_small_form_, small_form
 from d9d_lora.placement import ReplicatedSum, full_of
+from d9d_lora.state.native_format import load_trained, save_trained
 from d9d_lora.train.model import recompute
 from d9d_lora.walk import adapted_layers, adapter_tensors
 from tests.catalogue import LAYOUTS, METHODS, Toy, batch, build, mesh_of, peft_config, plan_of, shard_data_parallel
@@ -341,6 +343,32 @@ def test_the_small_form_gives_the_same_update_and_cannot_be_trained():
     unmerge_peft(method, model)
     with pytest.raises(ValueError, match=r"blocks.0.up.vblora_logits_A: expected logits of shape"):
         read_small_form_(model.blocks[0].up, forms["blocks.0.down"])
+
+
+def small_file(rank, layout, path):
+    """Saves on a layout, reads on one process and on the layout: the outputs of a model with its small file."""
+    changes = {"params": {"r": 3, "num_vectors": 7, "vector_length": 4, "topk": 2, "save_only_topk_weights": True}}
+    model, method = make("vblora", "linear", LAYOUTS[layout], **changes)
+    wake(model)
+    model.eval()
+    ids, _ = batch(0)
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    save_trained(method.compact(model, params), method.config, path)
+    outputs = [model(ids)]
+    for where in (layout, "one"):
+        again, _ = make("vblora", "linear", LAYOUTS[where], **changes)
+        load_trained(again, path)
+        outputs.append(again.eval()(ids))
+    return [full_of(y.detach()) for y in outputs]
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2", "fsdp2_tp2"])
+def test_the_small_file_is_written_and_read_on_layouts(pool, layout, tmp_path):
+    for y, *others in pool.run(LAYOUTS[layout].world, small_file, layout, tmp_path / "small"):
+        assert all((other - y).abs().max() < 1e-6 for other in others)
+    held = load_file(tmp_path / "small/weights.safetensors")
+    assert not any(name.endswith("logits_A.weight") for name in held)
+    assert any(name.endswith("logits_A_topk_indices") for name in held)
 
 
 def test_a_last_weight_that_rounds_below_zero_is_none():

@@ -1,6 +1,6 @@
 """Several methods on one model, in order: for example LoRA on attention and full tuning of the norms. Undone in reverse order."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -107,6 +107,15 @@ class PeftStack(PeftMethod[PeftStackConfig]):
     def restore(self, module: nn.Module) -> None:
         for method in self.methods:
             method.restore(module)
+
+    def compact(self, module: nn.Module, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        for method in self.methods:
+            params = method.compact(module, params)
+        return params
+
+    def expand(self, module: nn.Module, held: Mapping[str, Callable[[], Tensor]]) -> tuple[set[str], set[str]]:
+        done = [method.expand(module, held) for method in self.methods]
+        return {k for keys, _ in done for k in keys}, {n for _, names in done for n in names}
 
     def add_extra_loss(self, module: nn.Module) -> Tensor | None:
         terms = [t for t in (m.add_extra_loss(module) for m in self.methods) if t is not None]

@@ -12,14 +12,14 @@ Li et al. 2024, arXiv:2405.15179.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from d9d_lora.adapters import AdapterConfig, AdapterMethod
@@ -153,6 +153,26 @@ class VBLoRA(AdapterMethod[VBLoRAConfig]):
         draw = partial(_uniform, p.init_vector_bank_bound)
         shape = (p.num_vectors, p.vector_length)
         return {BANK: SharedFactor(shape, like, draw, seed=self.config.seed, name=BANK, trained=True)}
+
+    def compact(self, module: nn.Module, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.config.params.save_only_topk_weights:
+            return params
+        small = dict(params)
+        for _, layer in self.layers(module):
+            for name in layer.delta.axes:
+                del small[f"{layer.name}.{name}.weight"]
+            small |= {f"{layer.name}.{name}": t for name, t in small_form(layer).items()}
+        return small
+
+    def expand(self, module: nn.Module, held: Mapping[str, Callable[[], Tensor]]) -> tuple[set[str], set[str]]:
+        keys, names = set(), set()
+        for _, layer in self.layers(module):
+            parts = {f"{name}{part}": f"{layer.name}.{name}{part}" for name in layer.delta.axes for part in (INDICES, WEIGHTS)}
+            if all(key in held for key in parts.values()):
+                read_small_form_(layer, {part: held[key]() for part, key in parts.items()})
+                keys |= set(parts.values())
+                names |= {f"{layer.name}.{name}.weight" for name in layer.delta.axes}
+        return keys, names
 
 
 def _uniform(bound: float, w: Tensor, g: torch.Generator) -> Tensor:

@@ -7,7 +7,9 @@ An adapter that PEFT knows is written as PEFT's directory instead (`peft_format.
 """
 
 import json
+import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,4 +63,8 @@ def method_of_trained(path: Path) -> PeftMethod:
 def load_trained(model: nn.Module, path: Path) -> None:
     """Fills the trained parameters of an injected model, on any layout, each rank its own box; names must be the same."""
     trained = {clean(name) for name, p in model.named_parameters() if p.requires_grad}
-    load_checkpoint(model, path / WEIGHTS, skip={name for name, _ in named_state(model)} - trained)
+    with open_checkpoint(path / WEIGHTS) as files:
+        held = {name: partial(files.read, name) for name in files.names()}
+        keys, names = method_of_trained(path).expand(model, held)
+        left_alone = {name for name, _ in named_state(model)} - (trained - names)
+        load_checkpoint(model, files, skip=left_alone, ignore_unexpected=[f"^{re.escape(key)}$" for key in sorted(keys)])

@@ -129,6 +129,11 @@ class Trainer:
             models.apply_tensor_parallel(self.base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
         result_of = _Remember(self.method)
         mapper = inject_peft_and_freeze(result_of, self.model)  # type: ignore[arg-type]
+        if not holds(adapted_layers(self.model)) and any(layer.delta.moves_base for layer in adapted_layers(self.model)):
+            raise ValueError(
+                "peft: a start that moves the base weight (pissa, olora, corda) is saved as a PEFT directory, which does not hold every "
+                "method or layer of this config; choose another init_lora_weights"
+            )
         whole = self._in_fp32()
         self.autocast = whole and self.dtype == torch.bfloat16
         self.census = census(self.model, world.parallel.dp_shard)
@@ -452,7 +457,7 @@ class Trainer:
         if holds(adapted_layers(self.model)):
             save_adapter(self.model, path, base=self.config.model.path)
         else:
-            save_trained(self.params, self.config.peft, path)
+            save_trained(self.method.compact(self.model, dict(self.params)), self.config.peft, path)
 
     def _export(self) -> None:
         """The adapter on its own, read back and compared with the live model before the run says it is done."""
