@@ -58,7 +58,7 @@ def quantise(w: Tensor, block: int = BLOCK, agree: Agree | None = None) -> Packe
         agree: Makes the smallest and the largest m[O] those of whole rows, in place, where `w` is a part of the columns.
     """
     if not w.numel():
-        return Packed(*(torch.empty_like(t, device=w.device) for t in packed_shapes(*w.shape, block)))
+        return Packed(*(torch.empty_like(t, device=w.device) for t in packed_shapes(w.shape[0], w.shape[1], block)))
     m = torch.cat([absmax_of(rows, block) for rows in _row_blocks(w)])
     low, high = m.aminmax(dim=1)
     if agree is not None:
