@@ -155,6 +155,11 @@ class AdapterMethod(PeftMethod[TAdapter]):
             kind = kind_of(base)
             if config.target_modules == ALL_LINEAR and (kind is None or not issubclass(kind, AdaptedLinear) or base is head):
                 continue
+            if isinstance(base, nn.MultiheadAttention) and isinstance(config.target_modules, list):
+                raise InjectionError(
+                    f"{wanted[0]} is torch's MultiheadAttention, whose projections are parameters: instead of the module, name them in "
+                    f"target_parameters: ['{wanted[0]}.in_proj_weight', '{wanted[0]}.out_proj.weight']."
+                )
             if kind is None:
                 if isinstance(config.target_modules, list):
                     raise InjectionError(

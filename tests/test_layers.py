@@ -10,9 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalL
 
 from d9d_lora import inject_peft_and_freeze, loralib, merge_peft, peft_method_from_config, unmerge_peft
 from d9d_lora.layers import AdaptedConv
+from d9d_lora.layers.parameter import AdaptedParameter
+from d9d_lora.methods.stacked import StackedDelta
 from d9d_lora.placement import local_of
 from d9d_lora.walk import adapted_layers
-from tests.catalogue import LAYOUTS
+from tests.catalogue import LAYOUTS, Experts, Matrix
 from tests.test_laws import make, wake
 
 
@@ -297,3 +299,120 @@ def merging_in_evaluation(rank, layout):
 @pytest.mark.parametrize("layout", ["fsdp2", "tp2"])
 def test_merging_in_evaluation_on_shards(pool, layout):
     pool.run(2, merging_in_evaluation, layout)
+
+
+# -- plain parameters ---------------------------------------------------------------------------------------------------------------
+
+
+def on_parameters(targets, params=None, **fields):
+    fields = {"kind": "lora", "target_parameters": targets, "params": {"r": 2, "alpha": 3, **(params or {})}, **fields}
+    return peft_method_from_config(fields)
+
+
+def test_a_parameter_keeps_its_name_and_its_place():
+    model = nn.Sequential(Experts(4, 6))
+    before = set(model.state_dict())
+    method = on_parameters(["stack"])
+    adapt(model, method)
+    assert set(model.state_dict()) - before == {"0.stack_adapter.lora_A.weight", "0.stack_adapter.lora_B.weight"}
+    W = model[0].stack
+    y = model(torch.randn(2, 3, 4))
+    assert model[0].stack is W, "outside the forward it is W"
+    y.sum().backward()
+    twin = copy.deepcopy(model)
+    twin[0].stack_adapter.lora_B.weight.data.zero_()
+    x = torch.randn(2, 3, 4)
+    assert not torch.equal(twin(x), model(x))
+    assert twin[0].stack_adapter.base.host is twin[0]
+    method.remove(model)
+    assert set(model.state_dict()) == before
+
+
+def test_the_sum_is_taken_down_when_a_forward_raises():
+    model = adapt(nn.Sequential(Experts(4, 6)), on_parameters(["stack"]))
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 3, 5))
+    assert isinstance(model[0].stack, nn.Parameter)
+
+
+def test_the_sum_is_built_once_a_forward(monkeypatch):
+    model = adapt(nn.Sequential(Experts(4, 6), Matrix(6, 5)), on_parameters(["stack", "matrix"]))
+    built = []
+    real = AdaptedParameter.forward
+    monkeypatch.setattr(AdaptedParameter, "forward", lambda self: built.append(self.name) or real(self))
+    model(torch.randn(2, 3, 4))
+    assert built == ["0.stack", "1.matrix"]
+
+
+def test_a_recomputed_forward_reads_the_sum_as_well():
+    from torch.utils.checkpoint import checkpoint
+
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = adapt(nn.Sequential(Experts(4, 6)).double(), on_parameters(["stack"]))
+        nn.init.constant_(model[0].stack, 0.3)
+        x = torch.ones(2, 3, 4, dtype=torch.float64, requires_grad=True)
+        y = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+        y.square().sum().backward()
+        grads.append(model[0].stack_adapter.lora_A.weight.grad)
+    assert torch.equal(*grads)
+
+
+def test_mutation_experts_in_the_order_of_the_other_factor(monkeypatch):
+    """B read expert-major, as A is: then the merge of a box of rows is still W + dW, and only the numbers of PEFT tell."""
+    from tests.parity.test_layers import test_target_parameters
+
+    def dense(self, f):
+        A, B = f["lora_A"].view(self.n, -1, f["lora_A"].shape[1]), f["lora_B"]
+        return ((B.view(B.shape[0], self.n, -1).permute(1, 0, 2) * self.scaling) @ A).flatten(0, 1)
+
+    monkeypatch.setattr(StackedDelta, "dense", dense)
+    with pytest.raises(AssertionError):
+        test_target_parameters(False)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_attention_inside_an_encoder_layer_reads_the_sum_in_evaluation(grad):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = adapt(nn.Sequential(layer), on_parameters(["in_proj_weight", "out_proj.weight"]))
+    x = torch.randn(2, 3, 8)
+    with torch.set_grad_enabled(grad):
+        assert torch.allclose(model.train()(x), model.eval()(x), atol=1e-5)
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.count = nn.Parameter(torch.ones(2, 2, dtype=torch.int64), requires_grad=False)
+        self.list = nn.ParameterList([torch.ones(2, 2)])
+        self.fc = nn.Linear(2, 2)
+        self.attention = nn.MultiheadAttention(4, 2)
+
+
+@pytest.mark.parametrize(
+    "method,words",
+    [
+        (lambda: on_parameters(["scale"]), "expected a matrix"),
+        (lambda: on_parameters(["count"]), "expected floating point"),
+        (lambda: on_parameters(["list.0"]), "never called itself"),
+        (lambda: on_parameters(["nothing"]), "match"),
+        (lambda: on_parameters(["fc.weight"], {"dropout": 0.1}), "set the dropout to 0"),
+        (lambda: on_parameters(["fc.weight"], target_modules=["fc"]), "choose one"),
+        (lambda: lora(["attention"]), "in_proj_weight"),
+        (lambda: lora(["out_proj"]), "target_parameters"),
+    ],
+)
+def test_parameters_that_cannot_be_adapted(method, words):
+    model = Bag()
+    with pytest.raises(ValueError, match=words):
+        inject_peft_and_freeze(method(), model)
+    assert not list(adapted_layers(model))
+
+
+def test_full_tune_of_a_parameter_beside_its_adapter_is_refused():
+    model = nn.Sequential(Matrix(4, 4))
+    methods = [on_parameters(["matrix"]).config.model_dump(), {"kind": "full_tune", "module_name_pattern": "0"}]
+    with pytest.raises(ValueError, match="trained whole beside it"):
+        inject_peft_and_freeze(peft_method_from_config({"kind": "stack", "methods": methods}), model)

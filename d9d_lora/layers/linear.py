@@ -25,7 +25,7 @@ class AdaptedLinear(AdaptedLayer):
     @staticmethod
     def refuses(module: nn.Module) -> str | None:
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return "nn.MultiheadAttention reads its weight and never calls it, so an adapter would be dead; exclude it"
+            return "nn.MultiheadAttention reads its weight and never calls it, so an adapter is dead; name its weight in target_parameters"
         return refuses_weight(module)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """Layer kinds against the PEFT library, number for number: convolutions and plain parameters."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from d9d_lora import inject_peft_and_freeze, merge_peft, peft_method_from_config
+from d9d_lora.layers.parameter import AdaptedParameter
 
 peft = pytest.importorskip("peft")
 
@@ -62,3 +65,134 @@ def test_what_peft_gets_wrong_about_convolutions():
     grouped(torch.randn(1, 4, 9))
     with pytest.raises(NotImplementedError):
         grouped.merge_and_unload()
+
+
+# -- plain parameters: target_parameters ------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Two stacks, read in one forward; GPT-OSS stores its matrices the other way round, and says so."""
+
+    def __init__(self, turned):
+        super().__init__()
+        self.is_transposed = turned
+        self.up = nn.Parameter(torch.randn(3, 5, 8) if turned else torch.randn(3, 8, 5))
+        self.down = nn.Parameter(torch.randn(3, 8, 5) if turned else torch.randn(3, 5, 8))
+        self.flat = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x):
+        way = "bi,eio->ebo" if self.is_transposed else "bi,eoi->ebo"
+        back = "ebi,eio->bo" if self.is_transposed else "ebi,eoi->bo"
+        return torch.einsum(back, torch.relu(torch.einsum(way, x, self.up)), self.down) @ self.flat.T
+
+
+def wrappers(module):
+    """PEFT nests one wrapper a parameter: the last parameter of the module is the outermost."""
+    found = {}
+    while hasattr(module, "base_layer"):
+        found[module.parameter_name] = module
+        module = module.base_layer
+    return found
+
+
+def same_factors_and_gradients(ours, theirs, run, count):
+    """Puts PEFT's factors into ours, and compares the output and the gradient of each."""
+    layers = [m for m in ours.modules() if isinstance(m, AdaptedParameter)]
+    assert len(layers) == count
+    pairs = []
+    for layer in layers:
+        host, _, parameter = layer.name.rpartition(".")
+        wrapper = wrappers(theirs.get_submodule(host))[parameter]
+        for name in ("lora_A", "lora_B"):
+            p = getattr(wrapper, name)["default"].weight
+            with torch.no_grad():
+                layer.factor(name).copy_(p)
+            pairs.append((layer.factor(name), p, f"{layer.name}.{name}"))
+    y, z = run(ours), run(theirs)
+    same(y, z, "output")
+    y.square().mean().backward()
+    z.square().mean().backward()
+    for p, q, name in pairs:
+        same(p.grad, q.grad, name)
+        assert q.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_target_parameters(turned):
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Linear(5, 5), Experts(turned))
+    ours = copy.deepcopy(theirs)
+    targets = ["1.up", "down", "flat"]
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    wrapped = peft.get_peft_model(theirs, config)
+    method = peft_method_from_config({"kind": "lora", "target_parameters": targets, "params": {"r": 2, "alpha": 6}})
+    inject_peft_and_freeze(method, ours)
+    x = torch.randn(4, 5)
+    same_factors_and_gradients(ours, theirs, lambda m: m(x), 3)
+    merge_peft(method, ours)
+    merged = wrapped.merge_and_unload()[1]
+    for name in targets:
+        same(getattr(ours[1], name[-4:].lstrip("1.")), getattr(merged, name[-4:].lstrip("1.")), name)
+
+
+def test_target_parameters_of_qwen3_moe():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, moe_intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    theirs = Qwen3MoeForCausalLM(config)
+    ours = copy.deepcopy(theirs)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    peft.get_peft_model(
+        theirs, peft.LoraConfig(r=3, lora_alpha=6, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    )
+    method = peft_method_from_config({"kind": "lora", "target_parameters": targets, "params": {"r": 3, "alpha": 6}})
+    inject_peft_and_freeze(method, ours)
+    ids = torch.arange(12).view(2, 6)
+    same_factors_and_gradients(ours, theirs, lambda m: m(ids).logits, 4)
+    with torch.no_grad():
+        before = ours(ids).logits
+        merge_peft(method, ours)
+        same(ours(ids).logits, before, "merged")
+
+
+def attention():
+    """(ours, PEFT's, [(our layer, PEFT's)]): in both, the same factors; PEFT adapts the module, here its two weights are named."""
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.MultiheadAttention(8, 2))
+    ours = copy.deepcopy(theirs)
+    peft.get_peft_model(theirs, peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0"], init_lora_weights=False))
+    targets = ["in_proj_weight", "out_proj.weight"]
+    inject_peft_and_freeze(peft_method_from_config({"kind": "lora", "target_parameters": targets, "params": {"r": 2, "alpha": 6}}), ours)
+    pairs = [(ours[0].in_proj_weight_adapter, theirs[0]), (ours[0].out_proj.weight_adapter, theirs[0].base_layer.out_proj)]
+    for layer, wrapper in pairs:
+        for name in ("lora_A", "lora_B"):
+            layer.factor(name).data.copy_(getattr(wrapper, name)["default"].weight)
+    return ours, theirs, pairs
+
+
+def test_torch_attention_by_its_parameters():
+    """Compared with B of the output projection at zero, for the reason of the next test."""
+    ours, theirs, pairs = attention()
+    pairs[1][0].factor("lora_B").data.zero_()
+    pairs[1][1].lora_B["default"].weight.data.zero_()
+    x = torch.randn(3, 5, 8)
+    y, z = ours[0](x, x, x)[0], theirs[0](x, x, x)[0]
+    same(y, z, "output")
+    y.square().sum().backward()
+    z.square().sum().backward()
+    for layer, wrapper in pairs:
+        for name in ("lora_A", "lora_B"):
+            assert torch.allclose(layer.factor(name).grad, getattr(wrapper, name)["default"].weight.grad, rtol=1e-4, atol=1e-4), name
+
+
+def test_peft_adds_the_update_of_an_output_projection_twice():
+    ours, theirs, pairs = attention()
+    x = torch.randn(3, 5, 8)
+    z = theirs[0](x, x, x)[0]
+    assert not torch.allclose(ours[0](x, x, x)[0], z, atol=0.1)
+    pairs[1][0].factor("lora_B").data.mul_(2)
+    same(ours[0](x, x, x)[0], z)
