@@ -30,7 +30,9 @@ from d9d_lora.layers.base import Fold
 from d9d_lora.method import InjectionError, PeftMethod
 from d9d_lora.methods.nothing import Nothing
 from d9d_lora.placement import at_least_fp32, full_of
+from d9d_lora.quant.linear import NF4Linear
 from d9d_lora.registry import peft_method_from_config
+from d9d_lora.replicate import restacked
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperParallel, ModelStateMapperRename
 from d9d_lora.state.names import renames
 from d9d_lora.walk import clock_of, names_of_modules, refuse_sharded, refuse_tied, reshard
@@ -83,7 +85,9 @@ def add_adapter(
     method = _shareable(given, name)
     refuse_sharded(model)
     check_name(model, name)
+    _refuse_restacked(model)
     if hosts(model):
+        _switchable(model)
         _refuse_other_training(model)
     layers, shared, trained = _injected(model, name, method)
     if not hosts(model):
@@ -106,12 +110,19 @@ def _shareable(method: PeftMethod[Any], name: str) -> AdapterMethod[Any]:
         )
     if method.adapter != DEFAULT:
         raise ValueError(f"this method object works on the adapter {method.adapter!r}; make another of the same config for {name!r}")
+    if getattr(method.config, "layer_replication", None):
+        raise InjectionError(f"{name}: layer_replication would build another model under the first adapter; give it to the first one alone")
     for field, empty in (("bias", "none"), ("modules_to_save", None)):
         if getattr(method.config, field, empty) not in (empty, []):
             raise InjectionError(
                 f"{name}: {field}={getattr(method.config, field)!r} trains parameters of the base, of which all adapters share one copy. "
                 "Leave it out"
             )
+    if getattr(method.config, "target_parameters", None):
+        raise InjectionError(
+            f"{name}: target_parameters={method.config.target_parameters!r}: an adapter that takes the place of a parameter is the only "
+            "one of its model. Inject it as the first, or target layers"
+        )
     return method
 
 
@@ -187,6 +198,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         ValueError: if it is the only active one of several, or the model is under `fully_shard`; nothing has been changed then.
     """
     known = check_known(model, [name])
+    _refuse_restacked(model)
     if any(isinstance(m, FSDPModule) for m in model.modules()):
         raise InjectionError("the model is under fully_shard, which manages this adapter's factors: delete it before, or leave it inactive")
     active = active_adapters(model)
@@ -361,13 +373,17 @@ def adapter_status(model: nn.Module) -> dict[str, AdapterStatus]:
 
 
 @torch.no_grad()
-def merge_adapters(model: nn.Module, *, undoable: bool = True) -> None:
+def merge_adapters(model: nn.Module, *, undoable: bool = True, dequantise: bool = False) -> None:
     """Folds the active adapters into the base weights, in their order, in fp32 with one rounding, and takes all adapters out.
 
     Args:
         undoable: Keep the base weights as they were, so that `unmerge_adapters` is exact to the bit; costs one copy of them.
+        dequantise: Put plain layers in the place of quantised ones, which cannot hold the sum; without it those are refused.
     """
     every = _switchable(model)
+    for _, host in every:
+        if dequantise and isinstance(host.base, NF4Linear):
+            host.base.merge_dequantises = True
     if not active_adapters(model):
         raise ValueError("nothing to merge: no adapter is active")
     refuse_tied(model, every)
@@ -379,9 +395,7 @@ def merge_adapters(model: nn.Module, *, undoable: bool = True) -> None:
     merged = []
     for (names, host), change in zip(every, changes):
         kept = host.keep() if undoable else None
-        if change:
-            host.fold_(_chain(change))
-        base = host.give_back()
+        base = host.merge_with_base_(change=_chain(change)) if change else host.give_back()
         for name in names:
             model.set_submodule(name, base)
         merged.append(Merged(names, host, kept))
@@ -495,6 +509,14 @@ def _switchable(model: nn.Module) -> list[Host]:
         if not host.takes_several:
             raise ValueError(f"{names[0]} is a {type(host).__name__}, which works with its own adapter only: adapters cannot be switched")
     return every
+
+
+def _refuse_restacked(model: nn.Module) -> None:
+    if restacked(model) is not None:
+        raise InjectionError(
+            "layer_replication has built this model's layers from those of another, for one adapter: no other can be added or taken out. "
+            "Undo it with `method.remove(model)`"
+        )
 
 
 def _refuse_gains(every: Sequence[Host], names: Sequence[str], how: str) -> None:

@@ -368,11 +368,15 @@ class AdaptedLayer(nn.Module):
         return {name: at_least_fp32(full_of(p.detach())) for name, p in every.items()}
 
     @torch.no_grad()
-    def merge_with_base_(self, whole: dict[str, Tensor] | None = None) -> nn.Module:
+    def merge_with_base_(self, whole: dict[str, Tensor] | None = None, change: Fold | None = None) -> nn.Module:
         """Folds the update into the base's weight in place, each rank its own box, and returns the base.
 
         The sum is taken in fp32 and rounded once. `whole` are factors gathered before, so that a caller can check them first.
+        `change` is folded instead of the update, where several adapters are.
         """
+        if change is not None:
+            self.fold_(change)
+            return self.give_back()
         whole = whole or self.whole_factors()
         self.fold_(self._merging(whole))
         if self.delta.has_shift:
