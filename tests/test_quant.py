@@ -478,7 +478,12 @@ def test_the_service_reads_nothing_of_another_model(tmp_path):
 # -- the trainer ----------------------------------------------------------------------------------------------------------------------
 
 QUANTISED = {"model__quantise": "nf4", "train__steps": 3}
-RUNS = {"fsdp2": (2, {}), "tp2": (2, {"parallel__tp": 2}), "fsdp2_tp2": (4, {"parallel__tp": 2})}
+RUNS = {
+    "fsdp2": (2, {}),
+    "tp2": (2, {"parallel__tp": 2}),
+    "tp2_sp": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
+    "fsdp2_tp2": (4, {"parallel__tp": 2}),
+}
 
 
 @pytest.fixture(scope="module")
