@@ -172,4 +172,4 @@ def _column_groups(W: Tensor) -> list[dist.ProcessGroup]:
     """The groups of ranks that hold other columns of the same rows."""
     if not isinstance(W, DTensor):
         return []
-    return [W.device_mesh.get_group(i) for i, p in enumerate(W.placements) if p.is_shard(1)]
+    return [W.device_mesh.get_group(i) for i, p in enumerate(W.placements) if getattr(p, "dim", None) == 1]  # strided too
