@@ -26,22 +26,34 @@ METHODS: dict[str, list[str]] = {
     "lora": [],
     "rslora": ["peft.params.scaling=rslora"],
     "lora+": ["optim.lora_plus_ratio=8", "optim.lr=5e-4"],
-    "orthogonal": ["+peft.params.init_lora_weights=orthogonal"],
-    "pissa": ["+peft.params.init_lora_weights=pissa_niter_4", "optim.lr=5e-4"],
-    "olora": ["+peft.params.init_lora_weights=olora", "optim.lr=2e-4"],
-    "eva": ["+peft.params.init_lora_weights=eva"],
-    "corda": ["+peft.params.init_lora_weights=corda", "optim.lr=2e-4"],
-    "dora": ["peft=dora", "peft.params={r: 16, alpha: 32}"],
-    "adalora": ["peft=adalora", "peft.params={init_r: 16, target_r: 8, tinit: 4, tfinal: 8, deltaT: 1, lora_alpha: 32}", "optim.lr=5e-3"],
-    "loha": ["peft=loha", "peft.params={r: 8, alpha: 16}"],
-    "lokr": ["peft=lokr", "peft.params={r: 8, alpha: 16}", "optim.lr=5e-3"],
-    "vblora": ["peft=vblora", "peft.params={r: 8, num_vectors: 256, vector_length: 64, topk: 2}", "optim.lr=1e-2"],
-    "vera": ["peft=vera", "peft.params={r: 256}", "optim.lr=1e-2"],
-    "randlora": ["peft=randlora", "peft.params={r: 32, randlora_alpha: 64}"],
+    "orthogonal": ["peft.params.init_lora_weights=orthogonal"],
+    "pissa": ["peft.params.init_lora_weights=pissa_niter_4", "optim.lr=5e-4"],
+    "olora": ["peft.params.init_lora_weights=olora", "optim.lr=2e-4"],
+    "eva": ["peft.params.init_lora_weights=eva"],
+    "corda": ["peft.params.init_lora_weights=corda", "peft.target_modules=[q_proj,v_proj]", "optim.lr=5e-4"],
+    "dora": ["peft=dora"],
+    "adalora": ["peft=adalora", "peft.params.lora_alpha=32", "peft.params.tinit=4", "peft.params.tfinal=8", "optim.lr=5e-3"],
+    "loha": ["peft=loha", "peft.params.alpha=16", "optim.lr=5e-3"],
+    "lokr": ["peft=lokr", "peft.params.alpha=16", "optim.lr=5e-3"],
+    "vblora": ["peft=vblora", "peft.params.vector_length=64", "optim.lr=1e-2"],
+    "vera": ["peft=vera", "optim.lr=1e-2"],
+    "randlora": ["peft=randlora", "peft.params.alpha=64"],
     "full_tune": ["peft=full_tune", "peft.module_name_pattern='.*layers.*'", "optim.lr=2e-5"],
     "lora on nf4": ["model.quantise=nf4"],
-    "loftq": ["model.quantise=nf4", "+peft.params.init_lora_weights=loftq"],
+    "loftq": ["model.quantise=nf4", "peft.params.init_lora_weights=loftq"],
 }
+DEMO = ROOT / ".cache/demo"
+COMMON = [
+    f"model.path={DEMO / 'smollm2'}",
+    f"data.path={DEMO / 'trec/train.jsonl'}",
+    "data.seq_len=128",
+    "data.batch_size=16",
+    "data.micro_batch_size=8",
+    "optim.lr=2e-3",
+    "optim.warmup=4",
+    "optim.schedule=linear",
+    "checkpoint.resume=never",
+]
 
 KEYS = {
     "methods": Key("names, comma-separated; all without it", ""),
@@ -56,7 +68,7 @@ def main(arguments: dict[str, str]) -> None:
     if unknown := [n for n in names if n not in METHODS]:
         raise UsageError(f"methods={unknown}: expected some of {', '.join(METHODS)}")
     output, steps = Path(arguments["output"]).absolute(), int(arguments["steps"])
-    held_out = few(ROOT / ".cache/demo/trec/eval.jsonl", output / "eval.jsonl", int(arguments["held_out"]))
+    held_out = few(DEMO / "trec/eval.jsonl", output / "eval.jsonl", int(arguments["held_out"]))
     rows = []
     for name in names:
         rows.append(measure(name, output / name.replace(" ", "_"), steps, held_out))
@@ -82,11 +94,14 @@ def few(source: Path, target: Path, count: int) -> Path:
 def measure(name: str, output: Path, steps: int, held_out: Path) -> dict[str, Any]:
     """One run, and what its files tell."""
     if not (output / "census.json").exists():
-        command = [sys.executable, str(ROOT / "launch/train.py"), "experiment=quickstart", f"output_dir={output}"]
-        command += [f"data.eval_path={held_out}", f"train.steps={steps}", "optim.warmup=4", "checkpoint.resume=never", *METHODS[name]]
+        own = METHODS[name]
+        given = {setting.partition("=")[0] for setting in own}
+        common = [setting for setting in COMMON if setting.partition("=")[0] not in given]
+        command = [sys.executable, str(ROOT / "launch/train.py"), *common, *own]
+        command += [f"output_dir={output}", f"data.eval_path={held_out}", f"train.steps={steps}"]
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "WORLD_SIZE": "1"}, capture_output=True, text=True)
         if done.returncode:
-            raise UsageError(f"{name}: {(done.stderr or done.stdout).strip()[-1500:]}")
+            raise UsageError(f"{name}: {(done.stderr or done.stdout).strip()[-4000:]}")
     metrics = read_metrics(output / "metrics.jsonl")
     training = [m for m in metrics if "loss" in m]
     held = [m["eval_loss"] for m in metrics if "eval_loss" in m]
