@@ -11,10 +11,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from d9d_lora.dropout import Clock
-from d9d_lora.layers import AdaptedLayer, AdaptedLinear, kind_of
+from d9d_lora.layers import AdaptedEmbedding, AdaptedLayer, AdaptedLinear, kind_of
 from d9d_lora.layers.among import DEFAULT
 from d9d_lora.layers.parameter import SUFFIX, AdaptedParameter, Held, held
 from d9d_lora.layers.shared import SharedFactor
+from d9d_lora.layers.tied import TiedHead, tie, tied_pairs, turned
 from d9d_lora.method import InjectionError, PeftInjectionResult, PeftMethod
 from d9d_lora.methods.delta import Delta, DoesNotFit
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperRename
@@ -111,6 +112,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
         clock = clock_of(module) or Clock(self.config.seed, tensor_parallel_mesh(module))
         try:
             layers = [self.wrap(site, clock) for site in sites]  # everything that can fail has failed before the model is touched
+            tie(layers)
         except DoesNotFit as error:
             raise InjectionError(str(error)) from error
         refuse_tied(module, [(s.names, la) for s, la in zip(sites, layers) if la.delta.moves_base], "a start that moves it")
@@ -193,7 +195,27 @@ class AdapterMethod(PeftMethod[TAdapter]):
             else:
                 sites.append(Site([name + SUFFIX for name in all_names], parameter, AdaptedParameter, delta))
         config.check_all_used(matched, candidates, [n for ns, _ in names for n in ns])
-        return sites, passed_over + left_alone
+        return self._tied(sites, names) if config.ensure_weight_tying else sites, passed_over + left_alone
+
+    def _tied(self, sites: list[Site], modules: list[tuple[list[str], nn.Module]]) -> list[Site]:
+        """The sites, with one adapter for an embedding and a head that share a weight, if the targets name either."""
+        found = {id(site.base): site for site in sites}
+        pairs = [pair for pair in tied_pairs(modules) if any(id(m) in found for _, m in pair)]
+        if not pairs:
+            raise InjectionError("ensure_weight_tying: the targets name no embedding or output head that shares its weight; leave it out")
+        for (names, embedding), (head_names, head) in pairs:
+            if reason := AdaptedEmbedding.refuses(embedding) or AdaptedLinear.refuses(head):
+                raise InjectionError(f"{names[0]} and {head_names[0]} cannot share an adapter: {reason}.")
+            delta = self.delta_for(names[0])
+            if delta is None or delta != self.delta_for(head_names[0]):
+                raise InjectionError(f"{names[0]} and {head_names[0]} share one adapter: give both the same rank, at least 1, and alpha.")
+            try:
+                site = Site(head_names, head, TiedHead, turned(delta))
+            except DoesNotFit as error:
+                raise InjectionError(str(error)) from error
+            sites = [s for s in sites if s.base not in (embedding, head)]
+            sites += [found.get(id(embedding)) or Site(names, embedding, AdaptedEmbedding, delta), site]
+        return sites
 
     def _parameters(self, module: nn.Module, modules: list[tuple[list[str], nn.Module]]) -> Iterator[tuple[list[str], Held]]:
         """Every parameter that `target_parameters` may name: its names, and itself as the base of an adapter."""
@@ -247,7 +269,8 @@ class AdapterMethod(PeftMethod[TAdapter]):
     def _wants(self, names: list[str], layer: AdaptedLayer) -> bool:
         if isinstance(layer, AdaptedParameter):
             return self.config.wants_parameter(layer.name)
-        return any(self.config.wants(name) for name in names)
+        tied = [layer.__dict__["tied_to"]] if "tied_to" in layer.__dict__ else []
+        return any(self.config.wants(name) for name in [*names, *tied])
 
     @torch.no_grad()
     def merge(self, module: nn.Module, *, undoable: bool = True) -> None:

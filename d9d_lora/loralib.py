@@ -7,8 +7,8 @@
 
 Layers made here read loralib's checkpoints as well: `weight`, `lora_A` and `lora_B` of a layer are found under those names.
 
-A convolution differs: loralib reshapes B A, of rank r k for a kernel of k x k, and its Conv1d and Conv3d have not enough numbers
-for a kernel and raise. Here dW is a product of the kernel as a matrix, of rank r: `layers/conv.py`.
+A convolution differs: loralib reshapes B A, of rank r k for a kernel of k x k, which in Conv1d and Conv3d does not fit a kernel
+larger than 1. Here dW is a product of the kernel as a matrix, of rank r: `layers/conv.py`.
 """
 
 from collections.abc import Iterable

@@ -11,6 +11,7 @@ from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.layers.among import DEFAULT
 from d9d_lora.layers.parameter import SUFFIX
+from d9d_lora.layers.tied import TiedHead
 from d9d_lora.method import InjectionError
 
 
@@ -106,7 +107,10 @@ def refuse_trained_bases(module: nn.Module, train: Container[int]) -> None:
 
 def refuse_tied(module: nn.Module, layers: list[tuple[list[str], AdaptedLayer]], change: str = "a merge") -> None:
     """A weight that another layer uses too cannot be changed for one: the other has no adapter, or another."""
-    owners = {id(layer.base.weight): names for names, layer in layers}
+    owners = {id(layer.base.weight): list(names) for names, layer in layers if not isinstance(layer, TiedHead)}
+    for also, layer in layers:
+        if isinstance(layer, TiedHead):  # has the same adapter as the other
+            owners[id(layer.base.weight)] += also
     for name, p in module.named_parameters(remove_duplicate=False):
         names = owners.get(id(p))
         if names and not any(name.startswith(f"{n}.") or n == name + SUFFIX for n in names):

@@ -5,6 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.nn.functional import conv1d, linear
 from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 
@@ -12,10 +15,12 @@ from d9d_lora import inject_peft_and_freeze, loralib, merge_peft, peft_method_fr
 from d9d_lora.layers import AdaptedConv
 from d9d_lora.layers.parameter import AdaptedParameter
 from d9d_lora.methods.stacked import StackedDelta
-from d9d_lora.placement import local_of
+from d9d_lora.placement import ReplicatedSum, full_of, local_of
+from d9d_lora.styles import parallelize_adapted
+from d9d_lora.train.model import sum_gradients
 from d9d_lora.walk import adapted_layers
-from tests.catalogue import LAYOUTS, Experts, Matrix
-from tests.test_laws import make, wake
+from tests.catalogue import LAYOUTS, VOCAB, WIDTH, Block, Experts, Matrix, batch, dp_rank, mesh_of
+from tests.test_laws import close, grads_of, make, wake
 
 
 def lora(targets, params=None, **fields):
@@ -416,3 +421,115 @@ def test_full_tune_of_a_parameter_beside_its_adapter_is_refused():
     methods = [on_parameters(["matrix"]).config.model_dump(), {"kind": "full_tune", "module_name_pattern": "0"}]
     with pytest.raises(ValueError, match="trained whole beside it"):
         inject_peft_and_freeze(peft_method_from_config({"kind": "stack", "methods": methods}), model)
+
+
+# -- tied weights -------------------------------------------------------------------------------------------------------------------
+
+
+class Language(nn.Module):
+    """Ids -> logits, with one weight for both ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.block = Block(nn.Linear)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.block(self.embed(ids)))
+
+
+def language(layout="one", order="plan_first", targets=("embed",), **fields):
+    torch.manual_seed(3)
+    model = Language().double()
+    method = lora(list(targets), ensure_weight_tying=True, **fields)
+    where = LAYOUTS[layout]
+    mesh = mesh_of(where) if where.world > 1 else None
+    plan = {"embed": RowwiseParallel(input_layouts=Replicate()), "head": ColwiseParallel(output_layouts=Replicate())}
+    if where.tp > 1 and order == "plan_first":
+        parallelize_adapted(model, mesh["tp"], plan)
+    inject_peft_and_freeze(method, model)
+    if where.tp > 1 and order == "inject_first":
+        parallelize_adapted(model, mesh["tp"], plan)
+    if where.shard > 1:
+        fully_shard(model.block, mesh=mesh["dp_shard"])
+        fully_shard(model, mesh=mesh["dp_shard"])
+        sum_gradients(model)
+    method.initialise(model)
+    wake(model)
+    return model, method
+
+
+def step_of(model, layout):
+    ids = batch(0)[0]
+    mine = slice(dp_rank(layout) * len(ids) // layout.dp, (dp_rank(layout) + 1) * len(ids) // layout.dp)
+    (model(ids[mine]).square().sum() / ids.numel()).backward()
+
+
+@pytest.mark.parametrize("targets", [["embed"], ["head"], ["embed", "head"]])
+def test_tied_weights_have_one_adapter(targets):
+    model, method = language(targets=targets)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {"embed.lora_A.weight", "embed.lora_B.weight"}
+    ids = batch(0)[0]
+    A, B = (p.detach().clone().requires_grad_() for p in model.embed.factors().values())
+    E = model.embed.base.weight.detach() + 1.5 * (B @ A).T
+    expected = model.block(E[ids]) @ E.T
+    y = model(ids)
+    assert (y - expected).abs().max() < 1e-12
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    assert torch.allclose(model.embed.lora_A.weight.grad, A.grad)
+    assert torch.allclose(model.embed.lora_B.weight.grad, B.grad)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    merge_peft(method, model)
+    assert model.head.weight is model.embed.weight
+    assert (model(ids) - y).abs().max() < 1e-10
+    unmerge_peft(method, model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(ids), y)
+    twin = copy.deepcopy(model)
+    assert twin.head.embedding is twin.embed
+    loralib.merge_on_eval(model, method)
+    assert (model.eval()(ids) - y).abs().max() < 1e-10
+    assert torch.equal(model.train()(ids), y)
+
+
+def law_of_tied_weights(rank, name, order):
+    layout = LAYOUTS[name]
+    reference, ref_method = language()
+    model, method = language(name, order)
+    bucket = ReplicatedSum(adapted_layers(model))
+    step_of(model, layout)
+    step_of(reference, LAYOUTS["one"])
+    bucket.reduce()
+    close(grads_of(model), grads_of(reference))
+    merge_peft(method, model)
+    merge_peft(ref_method, reference)
+    close({n: full_of(p.detach()) for n, p in model.named_parameters()}, {n: p.detach() for n, p in reference.named_parameters()})
+
+
+@pytest.mark.parametrize("name,order", [("fsdp2", "-"), ("tp2", "plan_first"), ("tp2", "inject_first"), ("fsdp2_tp2", "plan_first")])
+def test_tied_weights_on_layouts(pool, name, order):
+    pool.run(LAYOUTS[name].world, law_of_tied_weights, name, order)
+
+
+@pytest.mark.parametrize(
+    "method,words",
+    [
+        (lambda: lora(["up"], ensure_weight_tying=True), "no embedding or output head"),
+        (lambda: lora(["embed"], ensure_weight_tying=True, rank_pattern={"embed": 3}), "the same rank"),
+        (lambda: lora(["embed"], {"use_dora": True}, ensure_weight_tying=True), "two layers cannot share"),
+    ],
+)
+def test_ties_that_cannot_be_kept(method, words):
+    with pytest.raises(ValueError, match=words):
+        inject_peft_and_freeze(method(), Language())
+
+
+def test_without_the_option_two_adapters_cannot_be_merged_into_one_weight():
+    model, method = Language(), lora(["embed", "head"])
+    adapt(model, method)
+    with pytest.raises(ValueError, match="shares its weight"):
+        merge_peft(method, model)
