@@ -5,6 +5,7 @@ order of ranks. `fn` is a module-level function; arguments and results travel by
 hangs fails the call, and the pool is replaced: its other ranks may be stuck in a collective.
 """
 
+import functools
 import gc
 import multiprocessing as mp
 import os
@@ -52,8 +53,22 @@ def _serve(pipe: Any) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            gc.collect()  # models are full of cycles, and while one holds a mesh, the threads of its process groups live on
+            _forget_meshes()
             torch.set_default_dtype(torch.float32)
+
+
+def _forget_meshes() -> None:
+    """Lets the process groups of a job go: while a cycle or a cache of DTensor's holds a mesh, the threads of its groups live on, and
+    hundreds of them make the next jobs slow."""
+    import torch
+    from torch.distributed.tensor import _redistribute
+
+    _redistribute.clear_redistribute_planner_cache()
+    torch._C._clear_DTensor_sharding_propagator_cache()
+    for o in gc.get_objects():
+        if type(o) is functools._lru_cache_wrapper and getattr(o, "__module__", "").startswith("torch.distributed"):
+            o.cache_clear()
+    gc.collect()
 
 
 class Pool:
