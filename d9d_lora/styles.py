@@ -107,7 +107,9 @@ class _LinearStyle(ParallelStyle):
         letter, wanted = ("O", Replicate()) if column else ("I", Shard(-1))
         if isinstance(module, NF4Linear) and not column:
             module.check_columns(device_mesh.size())
-        placements: dict[str, Placement] = {n: Shard(axes.index(letter)) if letter in axes else Replicate() for n, axes in self.axes.items()}
+        placements: dict[str, Placement] = {
+            name: Shard(axes.index(letter)) if letter in axes else Replicate() for name, axes in self.axes.items()
+        }
         return distribute_module(
             module,
             device_mesh,
