@@ -165,7 +165,11 @@ def test_no_process_group_is_needed():
 
 # -- in the trainer ------------------------------------------------------------------------------------------------------------
 
-EVA = {"kind": "lora", "target_modules": "all-linear", "params": {"r": 3, "alpha": 6, "init_lora_weights": "eva", "eva_config": {"tau": 1.0}}}
+EVA = {
+    "kind": "lora",
+    "target_modules": "all-linear",
+    "params": {"r": 3, "alpha": 6, "init_lora_weights": "eva", "eva_config": {"tau": 1.0}},
+}
 CORDA = {"kind": "lora", "target_modules": ["q_proj", "down_proj"], "params": {"r": 3, "alpha": 6, "init_lora_weights": "corda"}}
 DORA = {"kind": "dora", "target_modules": ["q_proj", "up_proj"], "params": {"r": 3, "alpha": 6, "init_lora_weights": "eva"}}
 
@@ -189,10 +193,8 @@ def test_a_run_that_starts_from_data_is_the_same_on_layouts_and_resumes(pool, as
         assert max(abs(a - b) for a, b in zip(losses(found), losses(one), strict=True)) < 1e-6
     part = {**overrides, "train__steps": 6, "checkpoint__every": 3, "checkpoint__keep": 9}
     whole = pool.run(2, run, assets, tmp_path / "whole", part)[0]
-    again = {**part, "checkpoint__resume": str(tmp_path / "whole/checkpoints/step-00000003")}
-    assert (tmp_path / "whole/checkpoints").is_dir()
-    steps = sorted(p.name for p in (tmp_path / "whole/checkpoints").iterdir())
-    again["checkpoint__resume"] = str(tmp_path / "whole/checkpoints" / next(s for s in steps if s.endswith("3")))
+    third = next(p for p in (tmp_path / "whole/checkpoints").iterdir() if p.name.endswith("3"))
+    again = {**part, "checkpoint__resume": str(third)}
     resumed = pool.run(2, run, assets, tmp_path / "again", again)[0]
     assert losses(resumed)[-3:] == losses(whole)[-3:]
     crossed = pool.run(2, run, assets, tmp_path / "crossed", {**again, "parallel__tp": 2})[0]
