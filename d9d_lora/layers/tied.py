@@ -13,27 +13,14 @@ from torch.nn.functional import linear
 
 from d9d_lora.layers.base import AdaptedLayer, Fold
 from d9d_lora.layers.linear import AdaptedLinear
-from d9d_lora.methods.delta import Delta, DoesNotFit, Draw, Parts
+from d9d_lora.methods.delta import Around, Delta, DoesNotFit, Draw, Parts
 
 
 @dataclass(frozen=True)
-class Turned(Delta):
+class Turned(Around):
     """The transpose of a delta whose factors are another layer's."""
 
-    low: Delta
     axes = {}
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.low.kind
-
-    @property
-    def scaling(self) -> float:  # type: ignore[override]
-        return self.low.scaling
-
-    @property
-    def dropout(self) -> float:  # type: ignore[override]
-        return self.low.dropout
 
     def sizes(self, out: int, into: int) -> dict[str, int]:
         return {}

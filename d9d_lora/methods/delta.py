@@ -171,3 +171,32 @@ class Delta(ABC):
         """The global shape of every factor for a weight [out, into]."""
         size = self.sizes(out, into)
         return {name: tuple(size[letter] for letter in letters) for name, letters in self.axes.items()}
+
+
+@dataclass(frozen=True)
+class Around(Delta):
+    """A delta made of another one, `low`: it is of the same kind, scale and noise, and its factors start alike unless it says otherwise."""
+
+    low: Delta
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return self.low.kind
+
+    @property
+    def scaling(self) -> float:  # type: ignore[override]
+        return self.low.scaling
+
+    @property
+    def dropout(self) -> float:  # type: ignore[override]
+        return self.low.dropout
+
+    @property
+    def noisy(self) -> bool:
+        return self.low.noisy
+
+    def start(self, factor: str, *, lookup: bool) -> Draw | None:
+        return self.low.start(factor, lookup=lookup)
+
+    def stream(self, factor: str) -> str:
+        return self.low.stream(factor)

@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from d9d_lora.methods.delta import Delta, Draw, Geometry, Parts
+from d9d_lora.methods.delta import Around, Draw, Geometry, Parts
 from d9d_lora.placement import at_least_fp32
 from d9d_lora.thin import Thin
 
@@ -25,25 +25,12 @@ MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
-class DoRADelta(Delta):
+class DoRADelta(Around):
     """The delta `low`, a product s B A, with a magnitude for every row of W + s B A."""
 
-    low: Delta
     has_gain = True
     from_the_weight = True
     full_precision = frozenset({MAGNITUDE})  # g is near one, where half precision has steps of 1/128
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.low.kind
-
-    @property
-    def scaling(self) -> float:  # type: ignore[override]
-        return self.low.scaling
-
-    @property
-    def dropout(self) -> float:  # type: ignore[override]
-        return self.low.dropout
 
     @property
     def moves_base(self) -> bool:  # type: ignore[override]
@@ -52,10 +39,6 @@ class DoRADelta(Delta):
     @property
     def loftq_iter(self) -> int:  # type: ignore[override]
         return self.low.loftq_iter
-
-    @property
-    def noisy(self) -> bool:
-        return self.low.noisy
 
     @property
     def axes(self) -> Mapping[str, str]:
@@ -68,10 +51,7 @@ class DoRADelta(Delta):
         return self.low.sizes(out, into)
 
     def start(self, factor: str, *, lookup: bool) -> Draw | None:
-        return None if factor == MAGNITUDE else self.low.start(factor, lookup=lookup)
-
-    def stream(self, factor: str) -> str:
-        return self.low.stream(factor)
+        return None if factor == MAGNITUDE else super().start(factor, lookup=lookup)
 
     def start_from(self, weight: Thin, f: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = self.low.start_from(weight, f)

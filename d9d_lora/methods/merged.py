@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from d9d_lora.methods.delta import Delta, DoesNotFit, Draw, Geometry, Parts
+from d9d_lora.methods.delta import Around, Delta, DoesNotFit, Geometry, Parts
 
 # Families that keep the rows of a fused projection head by head, so that its parts are no slices.
 _INTERLEAVED = {"bloom", "codegen", "falcon", "gpt_neox", "gpt_neox_japanese", "persimmon"}
 
 
 @dataclass(frozen=True)
-class MergedDelta(Delta):
+class MergedDelta(Around):
     """A delta `low`, with the factors of LoRA, for each enabled slice of the rows.
 
     Attributes:
@@ -31,21 +31,8 @@ class MergedDelta(Delta):
         slices: Their sizes; empty: equal ones, settled by `fit`.
     """
 
-    low: Delta
     enabled: tuple[bool, ...]
     slices: tuple[int, ...] = ()
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.low.kind
-
-    @property
-    def scaling(self) -> float:  # type: ignore[override]
-        return self.low.scaling
-
-    @property
-    def dropout(self) -> float:  # type: ignore[override]
-        return self.low.dropout
 
     @property
     def axes(self) -> Mapping[str, str]:
@@ -67,9 +54,6 @@ class MergedDelta(Delta):
         size = self.low.sizes(out, into)
         packed = sum(n for n, on in zip(self.slices, self.enabled) if on)
         return {**size, "S": size["R"] * sum(self.enabled), "P": packed}
-
-    def start(self, factor: str, *, lookup: bool) -> Draw | None:
-        return self.low.start(factor, lookup=lookup)
 
     def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
         """B with each B_k in its own R columns: [O, R e]. An enabled slice that is not in the box leaves an empty block, so that

@@ -8,32 +8,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from d9d_lora.methods.delta import Delta, Draw, Parts
+from d9d_lora.methods.delta import Around, Parts
 
 
 @dataclass(frozen=True)
-class StackedDelta(Delta):
+class StackedDelta(Around):
     """The delta `low`, with the factors of LoRA, for each of `n` matrices."""
 
-    low: Delta
     n: int
-    dropout = 0.0
     axes = {"lora_A": "SI", "lora_B": "PS"}  # P, the rows of one matrix, is no axis of [E O, I]
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.low.kind
-
-    @property
-    def scaling(self) -> float:  # type: ignore[override]
-        return self.low.scaling
 
     def sizes(self, out: int, into: int) -> dict[str, int]:
         size = self.low.sizes(out, into)
         return {**size, "S": size["R"] * self.n, "P": out // self.n}
-
-    def start(self, factor: str, *, lookup: bool) -> Draw | None:
-        return self.low.start(factor, lookup=lookup)
 
     def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
