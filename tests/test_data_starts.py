@@ -47,6 +47,15 @@ def test_what_is_cut_off_matters_little():
     assert (p.directions()[0] @ V[:2].T).norm(dim=0).min() > 0.99
 
 
+def test_many_rows_give_the_directions_of_all_of_them():
+    x = tokens(900, 60) * 0.93 ** torch.arange(60)  # far more rows than are kept, of a spectrum that falls: the subspace iteration
+    p = pca(4, x.split(450))
+    _, S, V = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    directions, sizes = p.directions()
+    assert (directions * V[:4]).sum(1).abs().min() > 0.999
+    assert (sizes / S[:4] - 1).abs().max() < 1e-3
+
+
 def test_ranks_follow_the_explained_variance():
     shares = {"a": [0.5, 0.2, 0.05], "b": [0.9, 0.01], "c": [0.02]}
     assert redistributed(shares, 3) == {"a": 2, "b": 1, "c": 0}

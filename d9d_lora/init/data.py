@@ -25,6 +25,7 @@ from d9d_lora.placement import box_of
 from d9d_lora.thin import Thin
 
 Total = Callable[[Tensor], Tensor]
+ROUNDS = 4  # of the subspace iteration, as many as PEFT's
 SPARE = 8  # rows a summary keeps beyond those that are asked for: what is cut off in one step may matter in the next
 
 
@@ -104,7 +105,18 @@ class Principal:
         return self.directions()[1].square() / max(self.square, 1e-300)
 
     def _kept(self, rows: Tensor) -> Tensor:
-        """The same rows turned so that the first are the largest; the smallest are dropped."""
+        """The same rows turned so that the first are the largest; the smallest are dropped.
+
+        Of many rows a few combinations are taken first, that hold the largest directions but for what is much smaller (randomised
+        subspace iteration, Halko et al. 2011): to diagonalise a matrix as large as a microbatch's tokens would take minutes a layer.
+        """
+        wide = 2 * (self.k + SPARE)
+        if len(rows) > 2 * wide:
+            generator = torch.Generator().manual_seed(len(rows))  # the same on every rank
+            held = torch.randn(len(rows), wide, generator=generator, dtype=rows.dtype).to(rows.device)
+            for _ in range(ROUNDS):
+                held, _ = torch.linalg.qr(self._total(rows @ (rows.T @ held)))
+            rows = held.T @ rows
         gram = self._total(rows @ rows.T)
         _, turn = torch.linalg.eigh(gram)
         return turn.flip(1)[:, : self.k + SPARE].T @ rows
@@ -314,7 +326,7 @@ def eva(
         return p
 
     def settled(found: dict[str, Principal]) -> bool:
-        done = True
+        done, chosen = True, counts(found)
         for p in {id(p): p for p in found.values()}.values():
             now, _ = p.directions()
             before = last.get(id(p))
@@ -323,13 +335,13 @@ def eva(
                 done = False
                 continue
             turned = totals[id(p)].total((now * before).sum(1)).abs()
-            used = max(counts(found)[name] for name, q in found.items() if q is p)
+            used = max(chosen[name] for name, q in found.items() if q is p)
             done &= bool((turned[:used] >= tau).all())
         return done
 
     def counts(found: dict[str, Principal]) -> dict[str, int]:
-        shares = {name: p.ratios()[: most[name]].tolist() for name, p in found.items()}
-        return redistributed(shares, sum(r for r, _ in ranks.values()))
+        ratios = {id(p): p.ratios().tolist() for p in {id(p): p for p in found.values()}.values()}
+        return redistributed({name: ratios[id(p)][: most[name]] for name, p in found.items()}, sum(r for r, _ in ranks.values()))
 
     found = survey(module, targets, steps, make, group=group, enough=settled)
     chosen = counts(found)
