@@ -4,10 +4,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite shares 
 
 import pytest
 
-from tests.matrix import PAGE, Matrix
+from tests import formats, matrix
 from tests.pool import Pool
 
-MATRIX = Matrix()
+MATRIX = matrix.Matrix()
+FORMATS = formats.Formats()
+
+
+@pytest.fixture(scope="session")
+def proof():
+    """Called by a test of a format with what it has compared with a real program: `Formats.proof`."""
+    return FORMATS.proof
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +31,14 @@ def pytest_runtest_makereport(item, call):
         MATRIX.observe(item.originalname, item.callspec.params, report.passed, dict(report.user_properties))
 
 
-def pytest_terminal_summary(terminalreporter):
-    if MATRIX.write():
-        terminalreporter.write_line(f"{PAGE.name} was written anew: the cells have changed. Look at it, and commit it.")
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    written = [matrix.PAGE] if MATRIX.write() else []
+    everything = not config.option.keyword and not config.option.markexpr and not config.option.deselect and not config.args_given
+    if everything and exitstatus == 0 and FORMATS.write():
+        written.append(formats.PAGE)
+    for page in written:
+        terminalreporter.write_line(f"{page.name} was written anew: the cells have changed. Look at it, and commit it.")
+
+
+def pytest_configure(config):
+    config.args_given = config.args_source is pytest.Config.ArgsSource.ARGS
