@@ -51,7 +51,8 @@ def usage(script: str, about: str, keys: Mapping[str, Key]) -> str:
 def run(script: str, about: str, keys: Mapping[str, Key], act: Callable[[dict[str, str]], None]) -> int:
     """The whole of a command: prints its usage, or acts; 0, or 1 with the error in one paragraph on stderr."""
     arguments = sys.argv[1:]
-    if not arguments or {"--help", "-h", "help"} & set(arguments):
+    needed = any(k.default is None for k in keys.values())
+    if (needed and not arguments) or {"--help", "-h", "help"} & set(arguments):
         print(usage(script, about, keys))
         return 0 if arguments else 2
     try:
