@@ -18,7 +18,7 @@ where FSDP2 shards the letter R, which every row of A A^T needs, the thin A is g
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary
 
@@ -120,6 +120,7 @@ class AdaLoRADelta(Delta):
     r: int
     alpha: float
     dropout: float = 0.0
+    params: AdaLoRAParameters | None = field(default=None, compare=False, repr=False)  # the schedule, for a file
     kind = "adalora"
     axes = {"lora_A": "RI", "lora_E": "R1", "lora_B": "OR"}
 
@@ -194,7 +195,7 @@ class AdaLoRA(AdapterMethod[AdaLoRAConfig]):
 
     def delta_for(self, name: str) -> AdaLoRADelta:
         p = self.config.params
-        return AdaLoRADelta(p.init_r, p.lora_alpha, p.lora_dropout)
+        return AdaLoRADelta(p.init_r, p.lora_alpha, p.lora_dropout, p)
 
     def inject(self, module: nn.Module) -> PeftInjectionResult:
         other = next((la for la in adapted_layers(module) if la.delta.kind == self.kind), None)

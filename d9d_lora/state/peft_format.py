@@ -1,33 +1,30 @@
 """Hugging Face PEFT's adapter directory, written from a model on any layout and read into one.
 
-    adapter_config.json          what peft.LoraConfig(**json) takes: sorted, the same bytes for the same adapter
-    adapter_model.safetensors    base_model.model.<layer>.lora_A.weight [r, in], .lora_B.weight [out, r]
-                                 base_model.model.<layer>.lora_embedding_A [r, V], .lora_embedding_B [d, r]
-                                 base_model.model.<layer>.lora_B.bias [out]      with `lora_bias`
-                                 base_model.model.<layer>.lora_magnitude_vector [out]          DoRA
+    adapter_config.json          what PEFT's config class takes: every field, sorted, the same bytes for the same adapter
+    adapter_model.safetensors    base_model.model.<layer>.<factor>               as `peft_kinds/` spells them, a file a `peft_type`
                                  base_model.model.<layer>.base_layer.bias        a trained bias of an adapted layer
                                  base_model.model.<name>                         everything else that is trained
+    README.md                    the model card
 
-An adapter whose start moved the base weight (PiSSA, OLoRA) is written with that start beside it, [A|A0] and [B|-B0] of twice the rank:
-a plain adapter for the base as it was.
-
-Names and meanings are those of PEFT 0.21.2. `peft_config.py` makes the json, `peft_read.py` reads it; this file moves the tensors.
+Names and meanings are those of PEFT 0.21.2. `peft_kinds/` says what the tensors are, `peft_read.py` reads a config; this file moves
+the tensors.
 """
 
 import os
 import re
 import secrets
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from d9d_lora.layers import AdaptedLayer
-from d9d_lora.methods.dora import MAGNITUDE
 from d9d_lora.placement import full_of, local_of
 from d9d_lora.state.atomic import (
     TEMPORARY,
@@ -40,46 +37,73 @@ from d9d_lora.state.atomic import (
     sync_tree,
     together,
 )
-from d9d_lora.state.mappers import ModelStateMapperParallel, ModelStateMapperRename
+from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperParallel, ModelStateMapperRename, StateGroup
 from d9d_lora.state.names import BASE, PEFT_PREFIX, clean
-from d9d_lora.state.peft_config import (
-    CONFIG,
-    WEIGHTS,
-    WRITTEN,
-    AdapterError,
-    check_config,
-    config_of,
-    dump,
-)
-from d9d_lora.state.peft_read import method_of, parts_of, read_adapter_config
+from d9d_lora.state.peft_card import card_of
+from d9d_lora.state.peft_config import CARD, COMMON, CONFIG, TARGETING, WEIGHTS, AdapterError, dump
+from d9d_lora.state.peft_kinds import DIALECTS, Dialect, Entry, dialect_of
+from d9d_lora.state.peft_read import method_of, open_weights, read_adapter_config
 from d9d_lora.state.reader import LoadReport, assemble, load_checkpoint, local_runs, named_state
-from d9d_lora.state.safetensors_dir import CheckpointFiles, open_checkpoint
+from d9d_lora.state.safetensors_dir import CheckpointFiles
 from d9d_lora.state.safetensors_write import Promise, library_order, write_safetensors
+from d9d_lora.targets import named
 from d9d_lora.walk import names_of_modules, reshard
 
-__all__ = ["AdapterError", "load_adapter_weights", "method_of", "read_adapter_config", "save_adapter"]
+__all__ = ["AdapterError", "Collected", "collect", "load_adapter_weights", "method_of", "read_adapter_config", "save_adapter"]
 
-_OURS = {CONFIG, WEIGHTS, "README.md"}  # a directory with anything else in it is not ours to replace
-_FACTORS = {
-    (False, "lora_A"): "lora_A.weight",
-    (False, "lora_B"): "lora_B.weight",
-    (False, "lora_B_bias"): "lora_B.bias",
-    (True, "lora_A"): "lora_embedding_A",
-    (True, "lora_B"): "lora_embedding_B",
-    (False, MAGNITUDE): MAGNITUDE,
-    (True, MAGNITUDE): MAGNITUDE,
-}
+_OURS = {CONFIG, WEIGHTS, CARD}  # a directory with anything else in it is not ours to replace
 
 
 @dataclass(frozen=True)
 class _Trained:
     """What an adapter directory holds of a model."""
 
-    layers: list[AdaptedLayer]
-    tensors: dict[str, tuple[str, Tensor]]  # key in the file -> (name in the model, tensor)
+    dialect: Dialect
+    layers: dict[str, AdaptedLayer]  # path in the model -> layer, in the order of their names
+    beside: list[Entry]  # biases, and modules trained whole
     bias: str
     whole: list[str]  # modules trained whole
-    starts: dict[str, tuple[Tensor, int, int]]  # key -> (what the start took off the base weight, along which dimension it follows, sign)
+
+    @property
+    def adapted(self) -> list[AdaptedLayer]:
+        return list(self.layers.values())
+
+    def entries(self, model: nn.Module, config: dict[str, Any]) -> list[Entry]:
+        """Every tensor of a file with this config, in the order of their keys."""
+        found = [entry for path, layer in self.layers.items() for entry in self.dialect.entries(path, layer, config)]
+        found += [*self.dialect.shared_entries(model, self.adapted, config), *self.beside]
+        return sorted(found, key=lambda entry: entry.key)
+
+
+@dataclass
+class Collected:
+    """An adapter, gathered: what a file of it holds.
+
+    Attributes:
+        config: The content of adapter_config.json.
+        tensors: On rank 0 the whole sources of every tensor; elsewhere none.
+    """
+
+    config: dict[str, Any]
+    layers: Sequence[AdaptedLayer]
+    entries: list[Entry]
+    sources: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the file by key, checked. On rank 0."""
+        held = {}
+        for entry in self.entries:
+            whole = self.sources[entry.key]
+            for value, source in zip(whole, entry.sources, strict=True):
+                if value.shape != source.shape:
+                    raise AdapterError(f"{entry.key!r} was gathered as {tuple(value.shape)}; the model says {tuple(source.shape)}: a shard")
+            value = (entry.to_file(*whole) if entry.to_file else whole[0]).contiguous()
+            if tuple(value.shape) != entry.shape:
+                raise AdapterError(f"{entry.key!r} was made as {tuple(value.shape)}; expected {entry.shape}")
+            if value.is_floating_point() and not value.isfinite().all():
+                raise AdapterError(f"{entry.key!r} has values that are not finite: go back to an earlier checkpoint")
+            held[entry.key] = value
+        return held
 
 
 # -- save -------------------------------------------------------------------------------------------------------------
@@ -90,7 +114,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, base: str | 
     """Writes the adapter of a model as a PEFT directory, reads it back, and only then gives it its name.
 
     Collective: every rank calls it. Tensors are gathered one at a time in the order of their names; rank 0 alone keeps
-    and writes them. The file is the same, byte for byte, on every layout.
+    and writes them. The files are the same, byte for byte, on every layout.
 
     Args:
         model: The model the method was injected into, on any layout, with or without a process group.
@@ -102,47 +126,69 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, base: str | 
         AdapterError: on every rank alike; what was at `path` before is untouched.
     """
     final = Path(path).absolute()
+    write_collected(model, final, lambda collected: _write(final, collected), look=_refuse_other, base=base, task_type=task_type)
+
+
+def write_collected(
+    model: nn.Module,
+    final: Path,
+    write: Callable[[Collected], None],
+    *,
+    look: Callable[[Path], None],
+    base: str | None = None,
+    task_type: str | None = "CAUSAL_LM",
+) -> None:
+    """Collects the adapter on all ranks and lets rank 0 write it to `final`, if `look` does not raise there first."""
     try:
-        reshard(model)  # first: what FSDP2 still holds gathered after a forward is freed memory soon, and no step has reached it
-        trained = together("listing what is trained", lambda: _trained(model))
-        config = together("describing the adapter", lambda: _describe(model, trained, base, task_type))
-        _agree(trained, dump(config))
-        decided("looking at the directory", lambda: _refuse_other(final))
-        held: dict[str, Tensor] = {}
-        for key in sorted(trained.tensors):
-            value = _gathered(trained.tensors[key][1])
-            if key in trained.starts:
-                start, dim, sign = trained.starts[key]
-                value = torch.cat([value, sign * _gathered(start).to(value)], dim)
-            if rank_and_world()[0] == 0:
-                held[key] = value.detach().cpu()
-        expected = {key: _shape(trained, key) for key in trained.tensors}
-        decided("writing the adapter", lambda: _write(final, held, expected, config, trained.layers))
+        collected = collect(model, base=base, task_type=task_type, before=lambda: decided("looking at the path", lambda: look(final)))
+        decided("writing the adapter", lambda: write(collected))
     except RanksFailed as error:
         raise AdapterError(f"the adapter was not written to {final}: {error}") from error
+
+
+def collect(
+    model: nn.Module, *, base: str | None = None, task_type: str | None = "CAUSAL_LM", before: Callable[[], None] = lambda: None
+) -> Collected:
+    """Lists, describes and gathers the adapter of a model. Collective; `before` is called on all ranks before the first gather of values.
+
+    Raises:
+        RanksFailed, AdapterError: on every rank alike.
+    """
+    reshard(model)  # first: what FSDP2 still holds gathered after a forward is freed memory soon, and no step has reached it
+    trained = together("listing what is trained", lambda: _trained(model))
+    _agree([*trained.layers, trained.bias, *trained.whole, *(entry.key for entry in trained.beside)])
+    facts = trained.dialect.facts(trained.adapted)
+    config, entries = together("describing the adapter", lambda: _describe(model, trained, facts, base, task_type))
+    _agree([dump(config), *((e.key, e.shape, [(tuple(s.shape), isinstance(s, DTensor)) for s in e.sources]) for e in entries)])
+    before()
+    collected = Collected(config, trained.adapted, entries)
+    for entry in entries:
+        whole = [_gathered(source) for source in entry.sources]
+        if rank_and_world()[0] == 0:
+            collected.sources[entry.key] = [value.detach().cpu() for value in whole]
+    return collected
 
 
 def _trained(model: nn.Module) -> _Trained:
     """Factors always; of the rest what requires a gradient, as PEFT divides it: biases, and modules trained whole."""
     modules = [(clean(f"{names[0]}.")[:-1], names[0], m) for names, m in names_of_modules(model)]
-    layers = sorted((m for _, _, m in modules if isinstance(m, AdaptedLayer)), key=lambda m: m.name)
+    adapted = sorted(((path, m) for _, path, m in modules if isinstance(m, AdaptedLayer)), key=lambda item: item[1].name)
+    layers = dict(adapted)
     if not layers:
         raise AdapterError(
-            "the model has no adapter, so there is nothing that PEFT's LoRA format could hold. "
+            "the model has no adapter, so there is nothing that PEFT's formats could hold. "
             "Modules trained whole alone are exported as a merged model."
         )
-    if several := next((layer for layer in layers if layer.others()), None):
+    if several := next((layer for layer in layers.values() if layer.others()), None):
         raise AdapterError(
             f"{several.name} has the adapters {', '.join(several.adapters_by_name())}, and a directory holds one: write each inside "
             "`with only_adapter(model, name)`"
         )
-    tensors: dict[str, tuple[str, Tensor]] = {}
-    starts = {key: start for layer in layers for key, start in _starts(layer).items()}
+    dialect = dialect_of(list(layers.values()))
     biases: dict[str, tuple[str, nn.Parameter]] = {}  # key in the file -> (name in the model, bias)
     whole: dict[str, tuple[str, nn.Module]] = {}
     for clear, path, m in modules:
         if isinstance(m, AdaptedLayer):
-            tensors |= _factors(path, m)
             for name, p in m.base.named_parameters():
                 if name == "bias":
                     biases[f"{PEFT_PREFIX}{m.name}.base_layer.bias"] = (f"{path}.{BASE}.bias", p)
@@ -153,11 +199,14 @@ def _trained(model: nn.Module) -> _Trained:
                     )
             continue
         own = dict(m.named_parameters(recurse=False))
-        if any(p.requires_grad for name, p in own.items() if name != "bias"):
+        if any(p.requires_grad for name, p in own.items() if name != "bias") and not _is_shared(clear, layers.values()):
             whole[clear] = (path, m)
         elif "bias" in own:
             biases[f"{PEFT_PREFIX}{clear}.bias"] = (f"{path}.bias", own["bias"])
     mode = _bias_mode(biases)
+    if mode != "none" and dialect.bias is None:
+        raise AdapterError(f"biases are trained ({mode}), and PEFT's {dialect.peft_type} has no field for them. Leave `bias` out")
+    tensors: dict[str, tuple[str, Tensor]] = {}
     for key, (path, p) in biases.items():
         if mode == "all" or (mode == "lora_only" and key.endswith(".base_layer.bias")):
             tensors[key] = (path, p)
@@ -166,46 +215,39 @@ def _trained(model: nn.Module) -> _Trained:
             whole[clear] = (owner, model.get_submodule(owner))
     for clear, (path, m) in whole.items():
         tensors |= _all_of(clear, path, m)
-    return _Trained(layers, tensors, mode, sorted(whole), starts)
+    beside = [Entry(key, name, (t,), tuple(t.shape)) for key, (name, t) in sorted(tensors.items())]
+    return _Trained(dialect, layers, beside, mode, sorted(whole))
 
 
-def _describe(model: nn.Module, trained: _Trained, base: str | None, task_type: str | None) -> dict[str, object]:
-    config = config_of(model, trained.layers, bias=trained.bias, whole=trained.whole)
-    config |= {"base_model_name_or_path": base, "task_type": task_type}
-    check_config(config, trained.layers)
-    return config
+def _is_shared(clear: str, layers: Sequence[AdaptedLayer] | Any) -> bool:
+    """Whether a module holds what layers share, and not something of the model's own."""
+    return any(clear == name for layer in layers for name in layer.shared)
 
 
-def _factors(path: str, layer: AdaptedLayer) -> dict[str, tuple[str, Tensor]]:
-    if layer.delta.kind != "lora":
-        raise AdapterError(f"{layer.name} has a {layer.delta.kind!r} adapter; PEFT's LoRA format holds 'lora' only")
-    if not isinstance(layer, WRITTEN):
-        kind = type(layer.base).__name__
-        raise AdapterError(f"{layer.name} is a {kind}, whose adapter is not written in PEFT's format yet; `save_trained` writes ours")
-    found: dict[str, tuple[str, Tensor]] = {}
-    shapes = layer.delta.shapes(layer.out_size, layer.in_size)
-    for name, p in layer.factors().items():
-        if tuple(p.shape) != shapes[name]:
-            raise AdapterError(f"{layer.name}.{name} is {tuple(p.shape)}; {layer.delta} makes it {shapes[name]}")
-        found[_key(layer, name)] = (f"{path}.{name}.weight", p)
-    return found
+def _describe(
+    model: nn.Module, trained: _Trained, facts: Any, base: str | None, task_type: str | None
+) -> tuple[dict[str, Any], list[Entry]]:
+    """(adapter_config.json, the tensors), checked against each other. JSON types only."""
+    dialect = trained.dialect
+    config = {**COMMON, **TARGETING, **dialect.fields, **dialect.describe(model, trained.adapted, facts)}
+    config |= {"peft_type": dialect.peft_type, "base_model_name_or_path": base, "task_type": task_type}
+    config["modules_to_save"] = trained.whole or None
+    if dialect.bias:
+        config["bias"] = dialect.bias if trained.bias == "lora_only" else trained.bias
+    _check(dialect, config, trained.adapted)
+    return config, trained.entries(model, config)
 
 
-def _key(layer: AdaptedLayer, factor: str) -> str:
-    return f"{PEFT_PREFIX}{layer.name}.{_FACTORS[layer.lookup, factor]}"
-
-
-def _starts(layer: AdaptedLayer) -> dict[str, tuple[Tensor, int, int]]:
-    """B A - B0 A0 = [B|-B0] [A|A0]: with its start beside it, an adapter that moved the base fits the base as it was."""
-    joined = {"lora_A": (0, 1), "lora_B": (1, -1)}
-    return {_key(layer, name): (t, *joined[name]) for name, t in layer.origin.items() if name in joined}
-
-
-def _shape(trained: _Trained, key: str) -> tuple[int, ...]:
-    shape = list(trained.tensors[key][1].shape)
-    if key in trained.starts:
-        shape[trained.starts[key][1]] *= 2
-    return tuple(shape)
+def _check(dialect: Dialect, config: dict[str, Any], layers: Sequence[AdaptedLayer]) -> None:
+    """That PEFT's reading of a config gives every layer what it has, and trains none of them whole."""
+    for layer in layers:
+        dialect.check(config, layer)
+        wanted = named(layer.name, config["target_modules"] or []) or layer.name in (config.get("target_parameters") or [])
+        if not wanted and not hasattr(layer, "embedding"):  # a tied head is found by its embedding
+            raise AdapterError(f"{layer.name} is adapted, and target_modules does not select it")
+        # PEFT compares these by the end of the text, without a dot
+        if eaten := [m for m in config["modules_to_save"] or [] if layer.name.endswith(m)]:
+            raise AdapterError(f"modules_to_save {eaten} ends the name of the adapted layer {layer.name}: PEFT copies it whole")
 
 
 def _bias_mode(biases: dict[str, tuple[str, nn.Parameter]]) -> str:
@@ -228,10 +270,9 @@ def _all_of(clear: str, path: str, m: nn.Module) -> dict[str, tuple[str, Tensor]
     return {f"{PEFT_PREFIX}{clear}.{name}": (f"{path}.{name}", tensor) for name, tensor in state}
 
 
-def _agree(trained: _Trained, config: str) -> None:
+def _agree(listed: list[Any]) -> None:
     """Ranks that list other tensors would wait for each other for ever in the first gather."""
-    listed = [(key, tuple(t.shape), isinstance(t, DTensor)) for key, (_, t) in sorted(trained.tensors.items())]
-    marks = gather(sha256(repr((listed, config)).encode()).hexdigest())
+    marks = gather(sha256(repr(listed).encode()).hexdigest())
     if len(set(marks)) > 1:
         raise AdapterError(
             f"ranks hold different adapters (by rank: {[mark[:8] for mark in marks]}). Every rank must hold the whole model "
@@ -258,58 +299,54 @@ def _refuse_other(final: Path) -> None:
         raise AdapterError(f"{final} is not a directory. Give a path that does not exist, or a directory.")
 
 
-def _write(
-    final: Path,
-    held: dict[str, Tensor],
-    expected: dict[str, tuple[int, ...]],
-    config: dict[str, object],
-    layers: list[AdaptedLayer],
-) -> None:
-    for key, value in held.items():
-        if tuple(value.shape) != expected[key]:
-            raise AdapterError(f"{key!r} was gathered as {tuple(value.shape)}; the model says {expected[key]}: a shard")
-        if value.is_floating_point() and not value.isfinite().all():
-            raise AdapterError(f"{key!r} has values that are not finite: go back to an earlier checkpoint")
+def _write(final: Path, collected: Collected) -> None:
+    held, config = collected.tensors(), collected.config
     final.parent.mkdir(parents=True, exist_ok=True)
     # an empty directory may be somebody's half-made checkpoint, of which this one is a part: it keeps its name
     fill = final.is_dir() and not any(final.iterdir())
     fresh = (final if fill else final.parent) / f"{TEMPORARY}{final.name}_{secrets.token_hex(6)}"
     fresh.mkdir()
+    names = (WEIGHTS, CARD, CONFIG)  # the config last: without it nobody takes the directory for an adapter
     try:
-        promises = library_order(Promise(key, t.dtype, tuple(t.shape)) for key, t in held.items())
-        write_safetensors(fresh / WEIGHTS, promises, lambda key: [held[key]], {"format": "pt"})
+        write_tensors(fresh / WEIGHTS, held, {"format": "pt"})
         (fresh / CONFIG).write_text(dump(config), encoding="utf-8")
-        _read_back(fresh, held, config, layers)
+        (fresh / CARD).write_text(card_of(config, collected.layers), encoding="utf-8")
+        read_back(fresh, held, collected)
         sync_tree(fresh)
         if fill:
-            for name in (WEIGHTS, CONFIG):  # the config last: without it nobody takes the directory for an adapter
+            for name in names:
                 os.replace(fresh / name, final / name)
             sync(final)
         else:
             install(fresh, final)
     except BaseException:
         if fill:
-            for name in (WEIGHTS, CONFIG):
+            for name in names:
                 (final / name).unlink(missing_ok=True)
         raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _read_back(fresh: Path, held: dict[str, Tensor], config: dict[str, object], layers: list[AdaptedLayer]) -> None:
+def write_tensors(path: Path, held: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    promises = library_order(Promise(key, t.dtype, tuple(t.shape)) for key, t in held.items())
+    write_safetensors(path, promises, lambda key: [held[key]], metadata)
+
+
+def read_back(fresh: Path, held: dict[str, Tensor], collected: Collected) -> None:
     """What a reader will find, compared with what the model holds: every tensor to the bit, the config by meaning."""
-    with open_checkpoint(fresh / WEIGHTS) as files:
+    with open_weights(fresh) as files:
         if files.names() != sorted(held):
-            raise AdapterError(f"{WEIGHTS} holds other tensors than were written: {set(files.names()) ^ set(held)}")
+            raise AdapterError(f"{fresh} holds other tensors than were written: {set(files.names()) ^ set(held)}")
         for key, value in held.items():
             found = files.read(key)
             same = found.dtype == value.dtype and found.shape == value.shape
             if not same or not torch.equal(_bits(found), _bits(value)):
                 raise AdapterError(f"{key!r} reads back otherwise than it was written: check the disk, and save again")
     again = read_adapter_config(fresh)
-    if again != config:
+    if again != collected.config:
         raise AdapterError(f"{CONFIG} reads back otherwise than it was written")
-    check_config(again, layers)
+    _check(DIALECTS[again["peft_type"]], again, collected.layers)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -321,7 +358,8 @@ def _bits(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load_adapter_weights(model: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
-    """Fills the adapter of a model from a PEFT directory; each rank reads the bytes of its own box only.
+    """Fills the adapter of a model from a PEFT directory; each rank reads the bytes of its own box only, as far as the layout of a
+    tensor in the file is that of the model.
 
     The model is injected already (by the method that `method_of` makes, say), its base weights are loaded, and it may
     be on any layout. No collective.
@@ -330,29 +368,75 @@ def load_adapter_weights(model: nn.Module, path: str | os.PathLike[str]) -> Load
         AdapterError, CheckpointError: unknown, missing and misshapen keys in one message before anything is read; a
             value that is not finite; a copy of a base weight in the file that is not the model's base weight.
     """
-    read_adapter_config(path)
+    config = read_adapter_config(path)
     reshard(model)
     trained = _trained(model)
-    if moved := [layer for layer in trained.layers if layer.delta.moves_base]:
+    if trained.dialect.peft_type != config["peft_type"]:
+        raise AdapterError(
+            f"{path} is {config['peft_type']}, and the model has a {trained.dialect.peft_type} adapter. Inject `method_of(path)` instead"
+        )
+    if moved := [layer for layer in trained.adapted if layer.delta.moves_base]:
         raise AdapterError(
             f"the start of {moved[0].name} ({moved[0].delta}) moves the base weight, and {path} is for untouched ones. Inject "
             "`method_of(path)` into the base as it was, and load into that"
         )
+    entries = trained.entries(model, config)
     state = dict(named_state(model))
-    mine = {name for name, _ in trained.tensors.values()}
+    mine = {entry.name for entry in entries if entry.name is not None}
     ours = {id(state[name]) for name in mine}
     others = {name for name, tensor in state.items() if name not in mine and id(tensor) not in ours}
-    mapper = ModelStateMapperParallel([ModelStateMapperRename(key, name) for key, (name, _) in sorted(trained.tensors.items())])
-    with open_checkpoint(Path(path) / WEIGHTS) as files:
-        copies = parts_of(files.names()).base_copies
-        for layer in trained.layers:
+    mapper = ModelStateMapperParallel([_mapper(entry) for entry in entries if entry.name is not None])
+    with open_weights(path) as files:
+        present = set(files.names())
+        known = {entry.key for entry in entries if entry.name is None}
+        if lacking := sorted(known - present):
+            raise AdapterError(f"{path} lacks {lacking[:5]}, which {CONFIG} says it holds. Save it again")
+        copies = trained.dialect.sort(files.names()).base_copies
+        for layer in trained.adapted:
             if layer.name in copies:
                 _same_base(files, copies[layer.name], layer)
-        known = [f"^{re.escape(copies[layer.name])}$" for layer in trained.layers if layer.name in copies]
-        report = load_checkpoint(model, files, mapper, skip=others, ignore_unexpected=known)
-    for layer in trained.layers:
+                known.add(copies[layer.name])
+        for entry in entries:
+            if entry.expected is not None:
+                _same_value(files, entry, entry.expected)
+        report = load_checkpoint(model, files, mapper, skip=others, ignore_unexpected=[f"^{re.escape(key)}$" for key in sorted(known)])
+    for layer in trained.adapted:
         layer.started |= not layer.delta.moves_base  # every factor has its value, those that start from the weight too
     return report
+
+
+class _Made(ModelStateMapper):
+    """One tensor of the model from one or more of the file."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+
+    def state_dependency_groups(self) -> frozenset[StateGroup]:
+        assert self.entry.name is not None
+        return frozenset([StateGroup(frozenset([self.entry.key, *self.entry.beside]), frozenset([self.entry.name]))])
+
+    def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert self.entry.name is not None
+        assert self.entry.from_file is not None
+        return {self.entry.name: self.entry.from_file(*(group[key] for key in (self.entry.key, *self.entry.beside)))}
+
+
+def _mapper(entry: Entry) -> ModelStateMapper:
+    assert entry.name is not None
+    return ModelStateMapperRename(entry.key, entry.name) if entry.from_file is None else _Made(entry)
+
+
+def _same_value(files: CheckpointFiles, entry: Entry, expected: Callable[[CheckpointFiles], Tensor]) -> None:
+    """A tensor that is read into nothing must be what the model has there already."""
+    if files.shape(entry.key) != entry.shape:
+        raise AdapterError(f"{entry.key!r} is {files.shape(entry.key)}, expected {entry.shape}")
+    found, wanted = files.read(entry.key), expected(files).cpu()
+    if not torch.equal(found.to(wanted.dtype), wanted):
+        apart = float((found.double() - wanted.double()).abs().max())
+        raise AdapterError(
+            f"{entry.key!r} is not what this model has in its place (they differ by up to {apart:.1e}): it is of another adapter, or "
+            "was made otherwise"
+        )
 
 
 def _same_base(files: CheckpointFiles, key: str, layer: AdaptedLayer) -> None:
@@ -368,3 +452,5 @@ def _same_base(files: CheckpointFiles, key: str, layer: AdaptedLayer) -> None:
     part = assemble(lambda box: files.read(key, box), local_runs(weight))
     if not torch.equal(part.to(weight.dtype), local_of(weight).cpu()):
         raise AdapterError(f"{key!r} is not the base weight that {layer.name} has here. {mend}")
+
+
