@@ -35,8 +35,8 @@ from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpo
 from d9d_lora.state.mappers import ModelStateMapperParallel
 from d9d_lora.state.names import clean
 from d9d_lora.state.native_format import save_trained
-from d9d_lora.state.peft_config import holds
 from d9d_lora.state.peft_format import save_adapter
+from d9d_lora.state.peft_kinds import holds
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.train import model as models
 from d9d_lora.train.batches import Batches, MicroBatch, shift_labels, sweep
