@@ -4,25 +4,43 @@
     mark_only_lora_as_trainable(model, bias)     "none", "all", or "lora_only": the biases of adapted layers
     lora_state_dict(model, bias)                 factors, and biases by the same rule; load it with strict=False
     merge_on_eval(model, method)                 eval() folds the updates in, train() takes them out again, to the bit
+    load_loralib(model, dict or file)            fills the adapters from what loralib's own `lora_state_dict` gives, strictly
+    loralib_state_dict(model, bias)              and back
 
-Layers made here read loralib's checkpoints as well: `weight`, `lora_A` and `lora_B` of a layer are found under those names.
+Layers made here read loralib's whole checkpoints as well: `weight`, `lora_A` and `lora_B` of a layer are found under those names.
 
-A convolution differs: loralib reshapes B A, of rank r k for a kernel of k x k, which in Conv1d and Conv3d does not fit a kernel
-larger than 1. Here dW is a product of the kernel as a matrix, of rank r: `layers/conv.py`.
+A convolution k x k has loralib's own update (`methods/reshaped.py`). That does not fit other kernels, where loralib fails in its
+first forward: there dW is a product of the kernel as a matrix, as after an injection (`layers/conv.py`).
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d9d_lora.adapters import AdapterMethod
 from d9d_lora.layers import AdaptedConv, AdaptedConv1D, AdaptedEmbedding, AdaptedLayer, AdaptedLinear
-from d9d_lora.methods.lora import LoRAParameters, delta_of
+from d9d_lora.methods.delta import Delta
+from d9d_lora.methods.lora import LoRADelta, LoRAParameters, delta_of
+from d9d_lora.methods.reshaped import ReshapedDelta, square
+from d9d_lora.state.loralib_format import Bias, LoralibError, load_loralib, loralib_state_dict
 from d9d_lora.walk import adapted_layers, reshard
 
-Bias = Literal["none", "all", "lora_only"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
+    "LoralibError",
+    "MergedLinear",
+    "load_loralib",
+    "lora_state_dict",
+    "loralib_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge_on_eval",
+]
 
 # -- layers -------------------------------------------------------------------------------------------------------------------
 
@@ -110,17 +128,28 @@ def _adapted(base: nn.Module, merge_weights: bool, **params: Any) -> nn.Module:
         return base
     kind = next(k for k in (AdaptedConv1D, AdaptedLinear, AdaptedEmbedding, AdaptedConv) if k.fits(base))
     base.get_parameter("weight").requires_grad_(False)
-    layer = kind(base, delta_of(LoRAParameters(**params))).take_over()
+    layer = kind(base, _delta(base, LoRAParameters(**params))).take_over()
     layer.register_load_state_dict_pre_hook(_read_loralib)
     if merge_weights:
         _OnEval(layer, [layer])
     return layer
 
 
+def _delta(base: nn.Module, params: LoRAParameters) -> Delta:
+    """The delta of a layer: a convolution's is loralib's own, where its kernel has one and it is no plain product anyway."""
+    delta = delta_of(params)
+    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d) and isinstance(delta, LoRADelta):
+        kernel = square(AdaptedConv.geometry(base))
+        if kernel is not None and (kernel, base.groups) != (1, 1):
+            return ReshapedDelta(delta)
+    return delta
+
+
 def _read_loralib(layer: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Gives loralib's keys their names here: in the state of a load, before it."""
     assert isinstance(layer, AdaptedLayer)
-    names = {name: f"{name}.weight" for name in layer.delta.axes} | {name: f"base.{name}" for name in ("weight", "bias")}
+    inner = "conv." if isinstance(layer, AdaptedConv) else ""
+    names = {name: f"{name}.weight" for name in layer.delta.axes} | {inner + name: f"base.{name}" for name in ("weight", "bias")}
     for theirs, ours in names.items():
         if prefix + theirs in state:
             state[prefix + ours] = state.pop(prefix + theirs)
