@@ -142,7 +142,9 @@ def base_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> Base:
 
 def _weights(architecture: Architecture, sizes: dict[str, int]) -> dict[str, Weight]:
     gguf = package()
-    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.gguf)
+    number = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.gguf), None)
+    if number is None:
+        raise AdapterError(f"the installed gguf {version()} does not know the architecture {architecture.gguf}: update it")
     names = gguf.get_tensor_name_map(number, sizes["blocks"])
 
     found: dict[str, Weight] = {}
