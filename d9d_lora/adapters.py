@@ -113,11 +113,11 @@ class AdapterMethod(PeftMethod[TAdapter]):
         try:
             layers = [self.wrap(site, clock) for site in sites]  # everything that can fail has failed before the model is touched
             tie(layers)
+            shared = self.shared_factors(layers)
         except DoesNotFit as error:
             raise InjectionError(str(error)) from error
         refuse_tied(module, [(s.names, la) for s, la in zip(sites, layers) if la.delta.moves_base], "a start that moves it")
         biases = self._biases(module, sites)
-        shared = self.shared_factors(layers)
         if taken := [name for name in shared if hasattr(module, name)]:
             raise InjectionError(f"the model has {taken} already; two methods of the kind {self.kind!r} cannot share one model")
 

@@ -6,11 +6,13 @@ an error (there it passes in silence), and so is a key of `rank_pattern` or `alp
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from re import Pattern
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from d9d_lora.patterns import NotLinear, ends_like, is_like
 
 ALL_LINEAR = "all-linear"
 
@@ -104,7 +106,8 @@ class Targets(BaseModel):
         if any(re.match(rf"(.*\.)?{m}($|\.)", name) for m in self.modules_to_save or []):
             return False  # trained whole, itself or what holds it
         if self.module_name_pattern is not None:
-            return self.module_name_pattern.fullmatch(name) is not None
+            own_engine = self.module_name_pattern.flags != re.UNICODE  # flags were given with the compiled object
+            return bool((self.module_name_pattern.fullmatch if own_engine else _like(self.module_name_pattern.pattern))(name))
         if self.target_modules is None:
             return False
         if self.target_modules == ALL_LINEAR:
@@ -161,7 +164,7 @@ class Targets(BaseModel):
         if idle := [t for t in self.target_parameters or [] if not any(named(name, [t]) for name in matched)]:
             raise NoMatch(f"target_parameters {idle} match no parameter that can be adapted{hint(idle, candidates)}")
         for field in ("rank_pattern", "alpha_pattern"):
-            idle = [k for k in getattr(self, field) if not any(re.match(rf"(.*\.)?({k})$", name) for name in matched)]
+            idle = [k for k in getattr(self, field) if not any(_ends_like(k)(name) for name in matched)]
             if idle:
                 raise NoMatch(f"{field}: {idle} match none of the {len(matched)} adapted layers{hint(idle, matched)}")
         idle = [m for m in self.modules_to_save or [] if not any(name.endswith(m) for name in all_names)]
@@ -180,13 +183,27 @@ def compiled(pattern: str, field: str) -> Pattern[str]:
 def named(name: str, wanted: list[str] | str) -> bool:
     """PEFT's matching: a list means the whole name or its end after a dot; a string is a regular expression for all of it."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return bool(_like(wanted)(name))
     return any(name == w or name.endswith(f".{w}") for w in wanted)
 
 
 def by_name(patterns: dict[str, int] | dict[str, float], name: str, default):  # type: ignore[no-untyped-def]
     """The value of the first pattern that matches a dotted end of the name."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in patterns.items() if _ends_like(key)(name)), default)
+
+
+def _like(pattern: str) -> Callable[[str], object]:
+    try:
+        return is_like(pattern)
+    except NotLinear:  # the user's own: readers have refused it in a file
+        return re.compile(pattern).fullmatch
+
+
+def _ends_like(key: str) -> Callable[[str], object]:
+    try:
+        return ends_like(key)
+    except NotLinear:
+        return re.compile(rf"(.*\.)?({key})$").match
 
 
 def hint(wanted: object, candidates: Iterable[str]) -> str:

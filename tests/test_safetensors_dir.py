@@ -110,9 +110,9 @@ HEADERS = {
     "three offsets": ({"a": {**entry([2], 0, 8), "data_offsets": [0, 4, 8]}}, 8, r"'a': bad shape .* data_offsets"),
     "dtype": ({"a": entry([2], 0, 8, "F4")}, 8, r"'a': dtype 'F4' is unknown"),
     "no entry": ({"a": 5}, 8, r"'a': expected dtype, shape and data_offsets, got 5"),
-    "not JSON": (b"\x80\x04 pickle?", 8, r"expected JSON"),
+    "not JSON": (b"\x80\x04 pickle?", 8, r"is not JSON"),
     "a list": (b"[1]", 0, r"expected a JSON object, got a list"),
-    "deep": (b'{"a":' + b"[" * 100_000, 0, r"expected JSON"),
+    "deep": (b'{"a":' + b"[" * 100_000, 0, r"is not JSON"),
     "twice": (b'{"a":1,"a":2}', 0, r"the key 'a' stands there twice"),
 }
 

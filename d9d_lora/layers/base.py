@@ -16,6 +16,7 @@ method's `initialise`, and never by the injection, which may come before the wei
 adapter need it.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self
@@ -39,6 +40,7 @@ HOOKS = (
     "_forward_hooks_always_called",
 )
 Fold = Callable[[Tensor, slice, slice], Tensor]  # (the box of W, its rows, its columns) -> the new box
+MOST, _SMALL = 16, 1 << 20  # a larger adapter is a slip, or a hostile config, and would take the memory before it could be noticed
 _MERGE_BLOCK = 1 << 24  # elements of a base weight folded at a time: bounds the fp32 copy a merge makes
 
 
@@ -105,7 +107,13 @@ class AdaptedLayer(nn.Module):
         self.shared: dict[str, SharedFactor] = {}  # factors that all layers of the method share; the model's root owns them
         weight: Tensor = base.weight  # type: ignore[assignment]
         dtype = adapter_dtype(self.base_dtype)
-        for factor, shape in delta.shapes(self.out_size, self.in_size).items():
+        shapes = delta.shapes(self.out_size, self.in_size)
+        if (size := sum(map(math.prod, shapes.values()))) > MOST * self.out_size * self.in_size + _SMALL:
+            raise DoesNotFit(
+                f"{name}: {delta} would be {size:.3g} numbers beside a weight of {self.out_size} x {self.in_size}, more than {MOST} times "
+                "its size: give a lower rank"
+            )
+        for factor, shape in shapes.items():
             whole = torch.empty(shape, dtype=dtype, device=weight.device)
             self.add_module(factor, Factor(self.placing.distribute(whole, delta.axes[factor])))
         self._settle()

@@ -20,6 +20,7 @@ are compared first, against the list in trainer.json.
 
 import hashlib
 import json
+import os
 import re
 import secrets
 import shutil
@@ -27,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ from torch.distributed.tensor import DTensor
 
 from d9d_lora.state import atomic
 from d9d_lora.state.atomic import Damaged, RanksFailed, decided, gather, rank_and_world, together
+from d9d_lora.state.safetensors_dir import read_header
+from d9d_lora.state.untrusted import MAX_JSON, open_regular, read_json
 
 VERSION = 1
 STATE, DOCUMENT, COMPLETE, LATEST, BEST = "state", "trainer.json", "COMPLETE", "latest", "best"
@@ -105,6 +109,8 @@ class Found:
 
     def _check_headers(self) -> None:
         """The shards of each tensor must cover it: DCP would leave a hole as it was and say nothing."""
+        for file in sorted((self.path / STATE).rglob("*.safetensors")):
+            read_header(file)  # DCP believes what a header says
         headers = HuggingFaceStorageReader(str(self.path / STATE)).read_metadata().state_dict_metadata
         if wrong := sorted(headers.keys() ^ self.index.keys()):
             raise Damaged(f"the files of {STATE}/ and {DOCUMENT} differ in {len(wrong)} tensors: {_some(wrong)}")
@@ -113,7 +119,7 @@ class Found:
             assert isinstance(header, TensorStorageMetadata)
             found = (tuple(header.size), str(header.properties.dtype).removeprefix("torch."))
             there = sum(chunk.sizes.numel() for chunk in header.chunks)
-            if found != (shape, dtype) or there != header.size.numel():
+            if found != (shape, dtype) or there != header.size.numel() or _collide(header):
                 raise Damaged(
                     f"{name}: the shards in {STATE}/ make {there} elements of {_spell(found)}; "
                     f"{DOCUMENT} lists {_spell((shape, dtype))}"
@@ -225,6 +231,20 @@ class Checkpoints:
                 atomic.discard(self.root / name)
 
 
+def _collide(header: TensorStorageMetadata) -> bool:
+    """Whether two shards share an element, or one lies outside: together with the sum of their elements, whether they cover the tensor."""
+    boxes = sorted([(at, at + length) for at, length in zip(chunk.offsets, chunk.sizes)] for chunk in header.chunks)
+    if any(begin < 0 or end > size for box in boxes for (begin, end), size in zip(box, header.size)):
+        return True
+    for number, box in enumerate(boxes):
+        for other in islice(boxes, number + 1, None):
+            if not box or other[0][0] >= box[0][1]:
+                break  # sorted: those behind begin later still
+            if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, other)):
+                return True
+    return False
+
+
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     ready = together("gathering the shards", lambda: {name: _contiguous(tensors[name]) for name in sorted(tensors)})
 
@@ -319,23 +339,22 @@ def _read(path: Path) -> Found:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise Damaged(f"{path} is missing") from error
-    except ValueError as error:
-        raise Damaged(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        version = content.get("version") if isinstance(content, dict) else None
-        raise Damaged(f"{path} has version {version!r}; this d9d_lora reads version {VERSION}")
+    if not os.path.lexists(path):
+        raise Damaged(f"{path} is missing")
+    content = read_json(path, most=MAX_JSON, error=Damaged)
+    if content.get("version") != VERSION:
+        raise Damaged(f"{path} has version {content.get('version')!r:.80}; this d9d_lora reads version {VERSION}")
     return content
 
 
 def _pointer(root: Path, name: str) -> str | None:
     try:
-        text = (root / name).read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
-        return None
+        if not os.path.lexists(root / name):
+            return None
+        with open_regular(root / name, Damaged) as stream:
+            text = stream.read(200).decode("utf-8", errors="replace").strip()
+    except OSError as error:
+        raise Damaged(f"{root / name} cannot be read: {error}") from error
     if not _STEP_NAME.fullmatch(text):
         raise Damaged(f"{root / name} holds {text[:80]!r}; expected a name like step_00000200")
     return text

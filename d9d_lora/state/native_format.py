@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -18,12 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d9d_lora.method import PeftMethod
+from d9d_lora.patterns import NotLinear, ends_like, is_like, refuse_costly
 from d9d_lora.placement import full_of
 from d9d_lora.registry import peft_method_from_config
 from d9d_lora.state.atomic import decided, rank_and_world, sync_tree
 from d9d_lora.state.names import clean
 from d9d_lora.state.reader import load_checkpoint, named_state
-from d9d_lora.state.safetensors_dir import open_checkpoint
+from d9d_lora.state.safetensors_dir import CheckpointError, open_checkpoint
+from d9d_lora.state.untrusted import AGAIN, inside, is_name, read_json, shown
 
 METHOD, WEIGHTS = "method.json", "weights.safetensors"
 
@@ -56,15 +59,51 @@ def _write(held: dict[str, Tensor], config: BaseModel, path: Path) -> None:
 
 
 def method_of_trained(path: Path) -> PeftMethod:
-    """The method whose result a directory holds, to inject before `load_trained`."""
-    return peft_method_from_config(json.loads((path / METHOD).read_text(encoding="utf-8")))
+    """The method whose result a directory holds, to inject before `load_trained`.
+
+    Raises:
+        CheckpointError: a file that is missing or broken, an unknown method, or a config that the method refuses; which field, and why.
+    """
+    config = read_json(inside(path, path / METHOD))
+    try:
+        _refuse_slow(config)
+        return peft_method_from_config(config)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path / METHOD} cannot be followed: {str(error)[:2000]}. {AGAIN}") from error
+
+
+def _refuse_slow(config: Any) -> None:
+    """Expressions of a file, which will be tried on names of the model, must not be able to keep it busy."""
+    for part in config if isinstance(config, list) else ():
+        _refuse_slow(part)
+    for field, value in config.items() if isinstance(config, dict) else ():
+        try:
+            if field in ("target_modules", "exclude_modules", "module_name_pattern") and isinstance(value, str):
+                is_like(value)
+            elif field in ("rank_pattern", "alpha_pattern") and isinstance(value, dict):
+                refuse_costly(value, [" " * 100] * 1000)
+                for key in value:
+                    ends_like(key)
+            elif field in ("modules_to_save", "layers_pattern"):
+                plain = [value] if isinstance(value, str) else value or []
+                if not isinstance(plain, list) or not all(is_name(name) and re.fullmatch(r"[\w.-]+", name) for name in plain):
+                    raise CheckpointError(f"{field} = {shown(value)}: expected plain names")
+            else:
+                _refuse_slow(value)
+        except NotLinear as error:
+            raise CheckpointError(f"{field} = {shown(value)}: {error}") from error
 
 
 def load_trained(model: nn.Module, path: Path) -> None:
-    """Fills the trained parameters of an injected model, on any layout, each rank its own box; names must be the same."""
+    """Fills the trained parameters of an injected model, on any layout, each rank its own box; names must be the same.
+
+    Raises:
+        CheckpointError: unknown, missing or misshapen names, and values that are not finite; nothing has been changed then.
+    """
     trained = {clean(name) for name, p in model.named_parameters() if p.requires_grad}
-    with open_checkpoint(path / WEIGHTS) as files:
+    with open_checkpoint(inside(path, path / WEIGHTS)) as files:
         held = {name: partial(files.read, name) for name in files.names()}
         keys, names = method_of_trained(path).expand(model, held)
         left_alone = {name for name, _ in named_state(model)} - (trained - names)
-        load_checkpoint(model, files, skip=left_alone, ignore_unexpected=[f"^{re.escape(key)}$" for key in sorted(keys)])
+        ignored = [f"^{re.escape(key)}$" for key in sorted(keys)]
+        load_checkpoint(model, files, skip=left_alone, ignore_unexpected=ignored, all_or_none=True)

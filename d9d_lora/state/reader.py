@@ -59,6 +59,7 @@ def load_checkpoint(
     skip: Collection[str] = (),
     ignore_unexpected: Sequence[str] = (),
     sinks: Mapping[str, Sink] = MappingProxyType({}),
+    all_or_none: bool = False,
 ) -> LoadReport:
     """Fills every parameter and persistent buffer of `model`, in place, each rank reading only what it holds.
 
@@ -69,6 +70,8 @@ def load_checkpoint(
         skip: Names that the checkpoint does not hold: an adapter's own factors. They are left alone.
         ignore_unexpected: Regexes (searched) of names in the file which the model may lack.
         sinks: Tensors that the model holds in another form than the file does (packed weights).
+        all_or_none: Check every value before the first is put in its place, so that a broken file changes nothing; this rank's part of
+            the file is in memory at once.
 
     Raises:
         CheckpointError: unknown, missing or misshapen keys and integers where floats belong, all in one message and
@@ -89,13 +92,15 @@ def load_checkpoint(
         plan = _Plan(targets, files, mapper or ModelStateMapperParallel([]), ignore_unexpected, sinks.keys())
         plan.check()
         filled: dict[int, str] = {}
-        for step in plan.steps:
-            for name, values in step.read(files):
-                if name in sinks:
-                    _refuse_infinite(name, values, values.dtype)
-                    sinks[name][1](values)
-                else:
-                    _fill(name, targets[name], values, filled)
+        read = (part for step in plan.steps for part in step.read(files))
+        if all_or_none:
+            read = iter(list(_checked(read, targets)))
+        for name, values in read:
+            if name in sinks:
+                _refuse_infinite(name, values, values.dtype)
+                sinks[name][1](values)
+            else:
+                _fill(name, targets[name], values, filled)
         return LoadReport(len(plan.sources), files.bytes_read - before, time.perf_counter() - started)
     finally:
         if files is not source:
@@ -273,8 +278,10 @@ class _Plan:
         )
 
 
-def local_runs(tensor: Tensor) -> Runs:
+def local_runs(tensor: Tensor, at: Sequence[int] | None = None) -> Runs:
     """The global indices of the local part, for each dimension, as contiguous runs in the order they are held.
+
+    `at`: the coordinate in its mesh of the rank that is meant; this one's by default.
 
     [Note: strided shards] Under FSDP2 x TP the weight is cut by tp first and by dp second, while placements are read
     left to right, dp before tp. DTensor calls the dp placement `_StridedShard(split_factor=tp)`. With that factor it
@@ -282,7 +289,7 @@ def local_runs(tensor: Tensor) -> Runs:
     """
     if not isinstance(tensor, DTensor):
         return [[slice(0, size)] for size in tensor.shape]
-    coordinate = tensor.device_mesh.get_coordinate() or ()
+    coordinate = (tensor.device_mesh.get_coordinate() or ()) if at is None else at
     runs: Runs = []
     for dim, size in enumerate(tensor.shape):
         cuts = [
@@ -337,6 +344,26 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _checked(read: Iterator[tuple[str, Tensor]], targets: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Raises what `_fill` would, before it has filled anything."""
+    seen: dict[int, tuple[str, Tensor]] = {}
+    for name, values in read:
+        target = targets[name]
+        cast = values.to(_local(target).dtype)
+        _refuse_infinite(name, cast, values.dtype)
+        twin, other = seen.setdefault(id(target), (name, cast))
+        if not torch.equal(other, cast):
+            raise _two_values(name, twin)
+        yield name, values
+
+
+def _two_values(name: str, twin: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name!r} and {twin!r} are one tensor in the model and two different ones in the file. "
+        "Untie the model (tie_word_embeddings=False), or remove the wrong one from the file."
+    )
+
+
 def _fill(name: str, target: Tensor, values: Tensor, filled: dict[int, str]) -> None:
     local = _local(target)
     if values.shape != local.shape:
@@ -345,10 +372,7 @@ def _fill(name: str, target: Tensor, values: Tensor, filled: dict[int, str]) -> 
     _refuse_infinite(name, cast, values.dtype)
     if twin := filled.get(id(target)):
         if not torch.equal(local, cast.to(local.device)):
-            raise CheckpointError(
-                f"{name!r} and {twin!r} are one tensor in the model and two different ones in the file. "
-                "Untie the model (tie_word_embeddings=False), or remove the wrong one from the file."
-            )
+            raise _two_values(name, twin)
         return
     local.copy_(cast)
     filled[id(target)] = name

@@ -7,10 +7,9 @@ the truth about names; the index only says which files belong. All of it is chec
 so that a broken or hostile download is refused before a weight is touched. The checks are the format's own rules.
 """
 
-import json
 import math
 import os
-from collections import Counter
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from d9d_lora.state.untrusted import AGAIN, MAX_JSON, CheckpointError, inside, is_name, open_regular, parse_json, read_json, shown
+
+__all__ = ["CheckpointError", "CheckpointFiles", "open_checkpoint", "read_header"]
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
-MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses more, too
+_PICKLE = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")  # how a pickle begins, and the zip that torch puts around one
+MAX_DIMENSIONS = 16
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -46,11 +50,6 @@ CONVERT = (
     "Pickle runs code from the file, so it is never read here: convert to safetensors "
     "(model.save_pretrained(..., safe_serialization=True)) on a machine that may run it."
 )
-AGAIN = "Download or save it again."
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, broken, hostile, or not the model's: which file, which key, and the mend."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,12 @@ class CheckpointFiles:
 
     def __init__(self, promised: Mapping[Path, Collection[str]]) -> None:
         self._entries: dict[str, _Entry] = {}
+        self._metadata: dict[Path, dict[str, str]] = {}
         self._open: dict[Path, Any] = {}
         self._files = sorted(promised)
         self.bytes_read = 0
         for file in self._files:
-            entries = _read_header(file)
+            entries, self._metadata[file] = read_header(file)
             if lacking := sorted(set(promised[file]) - entries.keys()):
                 raise CheckpointError(f"The index puts {lacking[:5]} in {file}, which does not hold them. {AGAIN}")
             for name, entry in entries.items():
@@ -98,6 +98,10 @@ class CheckpointFiles:
     def dtype(self, name: str) -> torch.dtype:
         return self._entry(name).dtype
 
+    def metadata(self) -> dict[str, str]:
+        """What the files say of themselves beside their tensors; of several, the last to say a thing."""
+        return {key: value for file in self._files for key, value in self._metadata[file].items()}
+
     def read(self, name: str, box: tuple[slice, ...] | None = None) -> Tensor:
         """The tensor `name` on the CPU, or the part of it in `box`: one `slice(start, stop)` a dimension, in bounds.
 
@@ -120,8 +124,10 @@ class CheckpointFiles:
         try:
             file = self._handle(entry.file)
             tensor: Tensor = file.get_tensor(name) if shape == entry.shape else file.get_slice(name)[box]
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, IndexError, ValueError) as error:
             raise CheckpointError(f"{entry.file}: cannot read {name!r}: {error}. {AGAIN}") from error
+        if (tuple(tensor.shape), tensor.dtype) != (shape, entry.dtype):
+            raise CheckpointError(f"{entry.file}: {name!r} was {entry.dtype} {entry.shape} when it was opened and is another now. {AGAIN}")
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
@@ -154,9 +160,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointFiles:
         CheckpointError: what is wrong, in which file and key, and the mend.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        directory, there = path.is_dir(), path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{str(path)[:200]!r} cannot be looked at: {error}.") from error
+    if directory:
         return CheckpointFiles(_files_of_directory(path))
-    if not path.exists():
+    if not there:
         raise CheckpointError(f"{path} does not exist. Expected a directory with {SINGLE} or {INDEX}, or a file.")
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path} is a pickle file. {CONVERT}")
@@ -177,8 +187,11 @@ def _files_of_directory(root: Path) -> dict[Path, list[str]]:
     if os.path.lexists(index):
         return _files_of_index(root, index)
     if os.path.lexists(single):
-        return {_inside(root, single): []}
-    found = sorted(entry.name for entry in root.iterdir())
+        return {inside(root, single): []}
+    try:
+        found = sorted(entry.name for entry in root.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be listed: {error}.") from error
     if not found:
         raise CheckpointError(f"{root} is empty: no {SINGLE} and no {INDEX}. Download or save the model first.")
     if pickles := [name for name in found if Path(name).suffix in PICKLES]:
@@ -190,70 +203,34 @@ def _files_of_directory(root: Path) -> dict[Path, list[str]]:
 
 def _files_of_index(root: Path, index: Path) -> dict[Path, list[str]]:
     """Each file that the index names, with the keys that it should hold."""
-    weight_map = _parse_json(_inside(root, index).read_bytes(), str(index)).get("weight_map")
+    weight_map = read_json(inside(root, index), most=MAX_JSON).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f'{index}: expected {{"weight_map": {{name: file, ...}}}} with entries. {AGAIN}')
     promised: dict[Path, list[str]] = {}
     for name, file in sorted(weight_map.items()):
-        if not isinstance(file, str) or not file.endswith(".safetensors") or "\0" in file:
+        if not is_name(name):
+            raise CheckpointError(f"{index}: {shown(name)} cannot be the name of a tensor. {AGAIN}")
+        if not is_name(file) or not file.endswith(".safetensors"):
             mend = CONVERT if isinstance(file, str) and Path(file).suffix in PICKLES else AGAIN
-            raise CheckpointError(f"{index}: {name!r} is said to be in {file!r}, which is no .safetensors file. {mend}")
-        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise CheckpointError(f"{index}: {name!r} is said to be in {shown(file)}, which is no .safetensors file. {mend}")
+        # a backslash is a separator elsewhere: what is one file here would be another there
+        if Path(file).is_absolute() or ".." in Path(file).parts or "\\" in file:
             raise CheckpointError(
                 f"{index}: {name!r} is said to be in {file!r}, outside {root}. "
                 "A checkpoint may name only files beside its index; do not trust where this one came from."
             )
         promised.setdefault(root / file, []).append(name)
-    return {_inside(root, file, f"{index} puts {names[:3]} in {file}"): names for file, names in promised.items()}
+    return {inside(root, file, f"{index} puts {names[:3]} in {file}"): names for file, names in promised.items()}
 
 
-def _inside(root: Path, file: Path, where: str = "") -> Path:
-    """`file`, if following its links stays in `root`; the hub's cache links snapshots/<revision>/x to ../../blobs/y."""
-    where = where or str(file)
-    try:
-        home, target = root.resolve(), file.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a name that no file can have
-        raise CheckpointError(f"{where!r} leads nowhere: {error}. {AGAIN}") from error
-    if not target.is_relative_to(home) and target.parent != _hub_blobs(home):
-        raise CheckpointError(
-            f"{where}, a link that leads out of the checkpoint to {target}. "
-            "Copy the file into the directory if you trust it."
-        )
-    if not target.is_file():
-        raise CheckpointError(f"{where}, which is {'no regular file' if target.exists() else 'not there'}. {AGAIN}")
-    return file
+def read_header(file: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """(tensors by name, metadata) of one file, every entry checked; no byte of a tensor is read.
 
-
-def _hub_blobs(home: Path) -> Path | None:
-    for folder in (home, *home.parents):
-        if folder.parent.name == "snapshots":
-            blobs = folder.parent.parent / "blobs"
-            return blobs if blobs.resolve() == blobs else None  # a `blobs` that is itself a link leads anywhere
-    return None
-
-
-def _parse_json(text: bytes, where: str) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise CheckpointError(f"{where}: the key {twice!r} stands there twice. {AGAIN}")
-        return table
-
-    try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=once)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: expected JSON, got {text[:40]!r} ({error}). {AGAIN}") from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{where}: expected a JSON object, got a {type(parsed).__name__}. {AGAIN}")
-    return parsed
-
-
-def _read_header(file: Path) -> dict[str, _Entry]:
-    try:
-        with file.open("rb") as stream:
+    Raises:
+        CheckpointError: what is wrong, in which file and key.
+    """
+    with open_regular(file) as stream:
+        try:
             size = os.fstat(stream.fileno()).st_size
             first = stream.read(8)
             length = int.from_bytes(first, "little")
@@ -262,33 +239,48 @@ def _read_header(file: Path) -> dict[str, _Entry]:
             if size < 8 or length > size - 8:
                 raise CheckpointError(
                     f"{file} is cut short or no safetensors file: its header would be {length} bytes long, "
-                    f"the whole file has {size}. {AGAIN}"
+                    f"the whole file has {size}. {CONVERT if _PICKLE.match(first) else AGAIN}"
                 )
-            if length > MAX_HEADER:
-                raise CheckpointError(f"{file}: a header of {length} bytes, {MAX_HEADER} are allowed. {AGAIN}")
-            header = _parse_json(stream.read(length), f"{file}, header")
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}.") from error
-    header.pop("__metadata__", None)
+            if length > MAX_JSON:
+                raise CheckpointError(f"{file}: a header of {length} bytes, {MAX_JSON} are allowed. {AGAIN}")
+            text = stream.read(length)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}.") from error
+    header = parse_json(text, f"{file}, header")
+    if text[:1] != b"{":  # the format's rule, by which a header is told from any other file
+        raise CheckpointError(f"{file}, header: expected JSON that begins with a brace, got {text[:40]!r}. {AGAIN}")
+    metadata = _metadata(file, header.pop("__metadata__", {}))
     _check_layout(file, header, size - 8 - length)
-    return {name: _Entry(file, DTYPES[said["dtype"]], tuple(said["shape"])) for name, said in header.items()}
+    return {name: _Entry(file, DTYPES[said["dtype"]], tuple(said["shape"])) for name, said in header.items()}, metadata
+
+
+def _metadata(file: Path, said: Any) -> dict[str, str]:
+    if said is None:  # as MLX writes "none"
+        return {}
+    if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
+        raise CheckpointError(f"{file}: __metadata__ is {shown(said)}; expected an object of texts. {AGAIN}")
+    return said
 
 
 def _check_layout(file: Path, header: dict[str, Any], size: int) -> None:
     """The tensors' bytes tile the rest of the file: each as long as shape x dtype, none shared, none left over."""
     spans: list[tuple[int, int, str]] = []
     for name, said in header.items():
+        if not is_name(name):
+            raise CheckpointError(f"{file}: {shown(name)} cannot be the name of a tensor. {AGAIN}")
         where = f"{file}: {name!r}"
-        if not isinstance(said, dict) or not {"dtype", "shape", "data_offsets"} <= said.keys():
-            raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, got {said!r:.80}. {AGAIN}")
+        if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
+            raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, got {shown(said)}. {AGAIN}")
         dtype, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise CheckpointError(f"{where}: dtype {dtype!r:.40} is unknown; convert it to one of {sorted(DTYPES)}.")
-        if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
-            raise CheckpointError(f"{where}: bad shape {shape!r:.80} or data_offsets {offsets!r:.80}. {AGAIN}")
+            raise CheckpointError(f"{where}: dtype {shown(dtype)} is unknown; convert it to one of {sorted(DTYPES)}.")
+        if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
+            raise CheckpointError(f"{where}: bad shape {shown(shape)} or data_offsets {shown(offsets)}. {AGAIN}")
         begin, end = offsets
         if not begin <= end <= size:
             raise CheckpointError(f"{where}: bytes {begin} to {end} are not in the file's {size}: cut short. {AGAIN}")
+        if math.prod(max(size, 1) for size in shape) >= 2**62:  # [2**40, 0, 2**40] is empty, and no library can say so
+            raise CheckpointError(f"{where}: bad shape {shown(shape)}, which has no strides. {AGAIN}")
         if (needed := math.prod(shape) * DTYPES[dtype].itemsize) != end - begin:
             raise CheckpointError(f"{where}: {dtype} {shape} takes {needed} bytes, offsets give {end - begin}. {AGAIN}")
         spans.append((begin, end, name))
