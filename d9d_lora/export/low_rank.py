@@ -116,6 +116,9 @@ class BaseShapes:
         longer = [name for name in self._names if name.partition(".")[2] == layer]
         return self._names[longer[0]] if len(longer) == 1 else None
 
+    def all(self) -> dict[str, tuple[int, ...]]:
+        return {layer: self.files.shape(name) for layer, name in self._names.items()}
+
     def shape(self, layer: str) -> tuple[int, ...] | None:
         name = self.name(layer)
         return None if name is None else self.files.shape(name)

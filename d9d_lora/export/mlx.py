@@ -16,15 +16,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from d9d_lora.export.fold import Folded, fold_scale
 from d9d_lora.export.low_rank import Product
 from d9d_lora.export.plain import plain_config, write_directory, write_plain
 from d9d_lora.state.peft_config import AdapterError
 from d9d_lora.state.safetensors_dir import open_checkpoint
+from d9d_lora.state.untrusted import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 # model_type of config.json: linear layers and embedding of the same names in transformers and in mlx-lm
-SAME_NAMES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+SAME_NAMES = frozenset({
+    "gemma3_text", "glm", "hunyuan_v1_dense", "llama", "mistral", "nemotron", "olmo2", "phi", "phi3", "qwen2", "qwen3", "seed_oss",
+    "smollm3", "starcoder2",
+})  # fmt: skip
 _EMBEDDINGS = ("embed_tokens",)  # of those families
 
 
@@ -51,7 +57,7 @@ def write_mlx(
         "lora_parameters": {"dropout": dropout, "keys": keys, "rank": folded.r, "scale": folded.alpha / folded.r},
         "num_layers": blocks,
     }
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, p in folded.products.items():
         tensors |= {f"{name}.lora_a": p.A.T.contiguous(), f"{name}.lora_b": p.B.T.contiguous()}
         if p.magnitude is not None:
@@ -124,16 +130,13 @@ def mlx_to_peft(path: Path, output: Path, *, base: str | None = None, replace: b
 
 def _read_config(path: Path) -> tuple[bool, int, float, float]:
     """(whether it is DoRA, rank, scale, dropout)."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}. Expected the config that mlx_lm.lora writes") from error
-    kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
+    config = read_json(path, error=AdapterError)
+    kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise AdapterError(f"{path}: fine_tune_type is {kind!r}; only lora and dora are adapters (a full fine-tune is a model)")
-    given = config.get("lora_parameters")
-    given = given if isinstance(given, dict) else {}
-    rank, scale, dropout = given.get("rank"), given.get("scale"), given.get("dropout", 0.0)
+    said = config.get("lora_parameters")
+    given: dict[str, Any] = said if isinstance(said, dict) else {}
+    rank, scale, dropout = (given.get(name, default) for name, default in (("rank", 0), ("scale", 0), ("dropout", 0.0)))
     if not _is_number(rank) or rank != int(rank) or not 1 <= rank <= 1 << 20:
         raise AdapterError(f"{path}: lora_parameters.rank is {rank!r}; expected a whole number of at least 1")
     if not _is_number(scale) or scale <= 0:

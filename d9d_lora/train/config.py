@@ -113,6 +113,17 @@ class TrackerConfig(Strict):
     plot: bool = Field(True, description="the loss curve as <output_dir>/report.png")
 
 
+class ExportConfig(Strict):
+    """The adapter in the form that other programs load, beside PEFT's: written into <output_dir>/export at the end."""
+
+    profiles: list[Literal["peft", "vllm", "sglang", "llamacpp", "mlx"]] = Field(
+        default_factory=list, description="for whom; what one of them could not load is told before the first step"
+    )
+    rank: int | None = Field(
+        None, ge=1, description="put the nearest product of this rank in the place of what is none (DoRA, LoHa) or has a higher rank"
+    )
+
+
 class RunConfig(Strict):
     """One run."""
 
@@ -125,6 +136,7 @@ class RunConfig(Strict):
     train: LoopConfig = Field(default_factory=LoopConfig)  # type: ignore[arg-type]
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # type: ignore[arg-type]
     tracker: TrackerConfig = Field(default_factory=TrackerConfig)  # type: ignore[arg-type]
+    export: ExportConfig = Field(default_factory=ExportConfig)  # type: ignore[arg-type]
 
 
 class ConfigError(ValueError):

@@ -44,6 +44,7 @@ from d9d_lora.train.checks import Coverage, check_replicas
 from d9d_lora.train.config import RunConfig
 from d9d_lora.train.data import load_data, show_samples
 from d9d_lora.train.encode import IGNORE
+from d9d_lora.train.exports import check_exports, write_exports
 from d9d_lora.train.optim import adamw, clip_, learning_rate, optimiser_state, set_learning_rate
 from d9d_lora.train.packing import check_packing
 from d9d_lora.train.report import Tracker, census, show_census, size
@@ -134,6 +135,7 @@ class Trainer:
                 "peft: a start that moves the base weight (pissa, olora, corda) is saved as a PEFT directory, which does not hold every "
                 "method or layer of this config; choose another init_lora_weights"
             )
+        check_exports(config.export, self.model, self.base.directory, held=holds(adapted_layers(self.model)))
         whole = self._in_fp32()
         self.autocast = whole and self.dtype == torch.bfloat16
         self.census = census(self.model, world.parallel.dp_shard)
@@ -463,6 +465,8 @@ class Trainer:
         """The adapter on its own, read back and compared with the live model before the run says it is done."""
         self._write_adapter(self.output / "adapter")
         self.tracker.say(f"adapter: {self.output / 'adapter'} (read back and equal to the live model)")
+        for line in write_exports(self.config.export, self.output / "adapter", self.output / "export", self.base.directory):
+            self.tracker.say(f"export: {line}")
         if self.world.is_first:
             write_text(self.output / "census.json", json.dumps(self.census, indent=1))
 
