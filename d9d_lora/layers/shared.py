@@ -11,10 +11,12 @@ there a whole gradient counts 1/ranks on each rank, so that every layer's is a p
 [Note: frozen bases]
 They are a buffer that no file and no checkpoint holds: each process draws them whole from their key, on the CPU, so they are the same
 on every layout and device. A checkpoint holds a digest of them, and a resume that drew others is refused. They stay whole on every
-rank, as each layer takes another piece of them.
+rank, as each layer takes another piece of them. An adapter directory of PEFT holds them; they are taken from there as they are, as
+they are what its trained numbers mean.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,8 +25,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
-from d9d_lora.methods.delta import Draw
+from d9d_lora.methods.delta import DoesNotFit, Draw
 from d9d_lora.placement import fill_, sum_after_backward
+
+MOST = 1 << 30  # numbers in one; RandLoRA's bases on a layer of 32k x 32k
 
 
 class SharedFactor(nn.Module):
@@ -42,6 +46,8 @@ class SharedFactor(nn.Module):
         self.draw, self.seed, self.name = draw, seed, name
         self.sums_own_parts = True  # [Note: the gradient of a shared factor]
         self.digest: Tensor | None = None  # of frozen values: what a checkpoint holds of them
+        if math.prod(shape) > MOST:
+            raise DoesNotFit(f"{name} would be {list(shape)}, more than {MOST} numbers: give a lower rank, or fewer and shorter vectors")
         weight = torch.empty(shape, dtype=like.dtype, device=like.device)
         if trained:
             self.weight = nn.Parameter(weight)
@@ -60,6 +66,20 @@ class SharedFactor(nn.Module):
         if not self.trained and not self.weight.is_meta:
             self.digest = digest_of(self.weight)
         self._watch()  # again: `to_empty` has replaced the parameter
+
+    @torch.no_grad()
+    def take(self, values: Tensor) -> None:
+        """Frozen values of a file in place of those that were drawn, to the bit: in its dtype, where this one would round them."""
+        cast = values.to(self.weight.dtype)
+        exact = torch.equal(cast.to(values.dtype), values)
+        self.weight = (cast if exact else values).to(self.weight.device)
+        self.digest = digest_of(self.weight)
+
+    def is_drawn(self) -> bool:
+        """Whether the frozen values are those that their key gives here."""
+        fresh = torch.empty(self.weight.shape, dtype=self.weight.dtype)
+        fill_(fresh, self.draw, seed=self.seed, name=self.name)
+        return torch.equal(fresh, self.weight.cpu())
 
     def place(self, mesh: DeviceMesh | None) -> None:
         """Replicates a trained factor on the tensor-parallel mesh, if there is one and it is not there yet."""

@@ -62,6 +62,10 @@ class RandLoRAParameters(BaseModel):
             raise ValueError("sparse and very_sparse are two densities of the bases, and sparse would be ignored; give one of them")
         return self
 
+    @property
+    def sparsity(self) -> Sparsity:
+        return "very_sparse" if self.very_sparse else "sparse" if self.sparse else "dense"
+
 
 class RandLoRAConfig(AdapterConfig):
     """`kind: randlora`."""
@@ -81,12 +85,16 @@ class RandLoRADelta(Delta):
 
     Attributes:
         wide: I > O.
+        key, sparsity, save_projection: From what the bases are drawn, how, and whether a PEFT directory holds them.
     """
 
     r: int
     alpha: float
     dropout: float = 0.0
     wide: bool = False
+    key: int = 0
+    sparsity: Sparsity = "dense"
+    save_projection: bool = True
     kind = "randlora"
     shared: ClassVar[Mapping[str, str]] = {"randlora_A": "RUM", "randlora_B": "LKR"}  # M, L: the largest sizes; U = 1
 
@@ -132,15 +140,16 @@ class RandLoRA(AdapterMethod[RandLoRAConfig]):
 
     def delta_for(self, name: str) -> RandLoRADelta:
         p = self.config.params
-        return RandLoRADelta(p.r, p.alpha, p.dropout)
+        return RandLoRADelta(
+            p.r, p.alpha, p.dropout, key=p.projection_prng_key, sparsity=p.sparsity, save_projection=p.save_projection
+        )
 
     def shared_factors(self, layers: list[AdaptedLayer]) -> dict[str, SharedFactor]:
         p, weight = self.config.params, layers[0].base.weight
         sizes = max(la.in_size for la in layers), max(la.out_size for la in layers)
-        sparsity: Sparsity = "very_sparse" if p.very_sparse else "sparse" if p.sparse else "dense"
-        dtype = torch.bfloat16 if sparsity == "dense" else torch.float32  # as they are drawn: nothing is lost
+        dtype = torch.bfloat16 if p.sparsity == "dense" else torch.float32  # as they are drawn: nothing is lost
         like = torch.empty((), dtype=dtype, device=weight.device)  # type: ignore[arg-type]
-        draw = partial(_draw, p.projection_prng_key, p.r, min(sizes), max(sizes), sparsity)
+        draw = partial(_draw, p.projection_prng_key, p.r, min(sizes), max(sizes), p.sparsity)
         shapes = {"randlora_A": (p.r, 1, min(sizes)), "randlora_B": (max(sizes), bases(min(sizes), p.r), p.r)}
         key = p.projection_prng_key
         return {n: SharedFactor(s, like, partial(draw, n), seed=key, name=n, trained=False) for n, s in shapes.items()}

@@ -78,6 +78,8 @@ class VBLoRADelta(Delta):
 
     Attributes:
         chosen: The logits were read from the small form: good for inference, not for training.
+        small: They are to be written in it.
+        bank_bound: The bank starts uniform in plus or minus this.
     """
 
     r: int
@@ -87,6 +89,8 @@ class VBLoRADelta(Delta):
     logits_std: float
     dropout: float = 0.0
     chosen: bool = False
+    small: bool = False
+    bank_bound: float = 0.02
     kind = "vblora"
     scaling = 1.0
     axes = {"vblora_logits_A": "RJN", "vblora_logits_B": "PRN"}
@@ -145,7 +149,16 @@ class VBLoRA(AdapterMethod[VBLoRAConfig]):
 
     def delta_for(self, name: str) -> VBLoRADelta:
         p = self.config.params
-        return VBLoRADelta(p.r, p.num_vectors, p.vector_length, p.topk, p.init_logits_std, p.dropout)
+        return VBLoRADelta(
+            p.r,
+            p.num_vectors,
+            p.vector_length,
+            p.topk,
+            p.init_logits_std,
+            p.dropout,
+            small=p.save_only_topk_weights,
+            bank_bound=p.init_vector_bank_bound,
+        )
 
     def shared_factors(self, layers: list[AdaptedLayer]) -> dict[str, SharedFactor]:
         p, weight = self.config.params, layers[0].base.weight
@@ -187,10 +200,14 @@ def small_form(layer: AdaptedLayer) -> dict[str, Tensor]:
     assert isinstance(layer.delta, VBLoRADelta)
     found = {}
     for name, p in layer.factors().items():
-        top, which = full_of(p.detach()).topk(layer.delta.topk, dim=-1)
-        found[name + INDICES] = which.to(index_dtype(layer.delta.num_vectors))
-        found[name + WEIGHTS] = top.softmax(-1)[..., :-1].contiguous()  # they add up to 1
+        found[name + INDICES], found[name + WEIGHTS] = chosen_of(full_of(p.detach()), layer.delta.topk, layer.delta.num_vectors)
     return found
+
+
+def chosen_of(logits: Tensor, topk: int, num_vectors: int) -> tuple[Tensor, Tensor]:
+    """The small form of logits [..., N]: which vectors [..., K], and their weights without the last [..., K - 1]; all add up to 1."""
+    top, which = logits.topk(topk, dim=-1)
+    return which.to(index_dtype(num_vectors)), top.softmax(-1)[..., :-1].contiguous()
 
 
 @torch.no_grad()

@@ -61,11 +61,17 @@ class VeRAConfig(AdapterConfig):
 
 @dataclass(frozen=True)
 class VeRADelta(Delta):
-    """dW = diag(lambda_b) B diag(lambda_d) A. The products with vectors are put on the activations, which are smaller."""
+    """dW = diag(lambda_b) B diag(lambda_d) A. The products with vectors are put on the activations, which are smaller.
+
+    Attributes:
+        key, save_projection: From what A and B are drawn, and whether a PEFT directory holds them.
+    """
 
     r: int
     d_initial: float
     dropout: float = 0.0
+    key: int = 0
+    save_projection: bool = True
     kind = "vera"
     scaling = 1.0
     axes = {"vera_lambda_b": "O", "vera_lambda_d": "R"}
@@ -101,7 +107,7 @@ class VeRA(AdapterMethod[VeRAConfig]):
 
     def delta_for(self, name: str) -> VeRADelta:
         p = self.config.params
-        return VeRADelta(p.r, p.d_initial, p.dropout)
+        return VeRADelta(p.r, p.d_initial, p.dropout, p.projection_prng_key, p.save_projection)
 
     def shared_factors(self, layers: list[AdaptedLayer]) -> dict[str, SharedFactor]:
         p, weight = self.config.params, layers[0].base.weight

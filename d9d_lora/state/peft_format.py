@@ -388,7 +388,7 @@ def load_adapter_weights(model: nn.Module, path: str | os.PathLike[str]) -> Load
     mapper = ModelStateMapperParallel([_mapper(entry) for entry in entries if entry.name is not None])
     with open_weights(path) as files:
         present = set(files.names())
-        known = {entry.key for entry in entries if entry.name is None}
+        known = {entry.key for entry in entries if entry.name is None and entry.take is None}
         if lacking := sorted(known - present):
             raise AdapterError(f"{path} lacks {lacking[:5]}, which {CONFIG} says it holds. Save it again")
         copies = trained.dialect.sort(files.names()).base_copies
@@ -396,10 +396,14 @@ def load_adapter_weights(model: nn.Module, path: str | os.PathLike[str]) -> Load
             if layer.name in copies:
                 _same_base(files, copies[layer.name], layer)
                 known.add(copies[layer.name])
+        known |= trained.dialect.repeated(files, trained.adapted)
         for entry in entries:
             if entry.expected is not None:
                 _same_value(files, entry, entry.expected)
-        report = load_checkpoint(model, files, mapper, skip=others, ignore_unexpected=[f"^{re.escape(key)}$" for key in sorted(known)])
+        harmless = [f"^{re.escape(key)}$" for key in sorted(known)]
+        sinks = {e.key: (torch.empty(e.shape, device="meta"), e.take) for e in entries if e.take is not None}
+        report = load_checkpoint(model, files, mapper, skip=others, ignore_unexpected=harmless, sinks=sinks, all_or_none=True)
+    trained.dialect.filled(trained.adapted, config)
     for layer in trained.adapted:
         layer.started |= not layer.delta.moves_base  # every factor has its value, those that start from the weight too
     return report
@@ -418,6 +422,8 @@ class _Made(ModelStateMapper):
     def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self.entry.name is not None
         assert self.entry.from_file is not None
+        if tuple(found := group[self.entry.key].shape) != self.entry.shape:
+            raise AdapterError(f"expected {self.entry.shape}, the file gives {tuple(found)}")
         return {self.entry.name: self.entry.from_file(*(group[key] for key in (self.entry.key, *self.entry.beside)))}
 
 

@@ -12,6 +12,8 @@ A dialect (`dialect.py`) says, without any state:
     to read     faults(config)                 fields that cannot be followed
                 take(parts, name, key)         which keys are factors, and of which layer
                 method(reading)                our method, from the config and the keys
+                repeated(files, layers)        keys that may be there and say nothing new
+                filled(layers, config)         what is left to do once all is read
 
 What they all have in common stands once elsewhere: biases, modules trained whole, copies of base weights, tensors gathered and written
 (`peft_format.py`), files opened and keys sorted (`peft_read.py`). A new kind is a subclass and a row here. An adapter belongs to the
@@ -28,6 +30,9 @@ from d9d_lora.state.peft_kinds.dialect import Dialect, Entry, Parts, Reading
 from d9d_lora.state.peft_kinds.loha import LoHaDialect
 from d9d_lora.state.peft_kinds.lokr import LoKrDialect
 from d9d_lora.state.peft_kinds.lora import LoRADialect
+from d9d_lora.state.peft_kinds.randlora import RandLoRADialect
+from d9d_lora.state.peft_kinds.vblora import VBLoRADialect
+from d9d_lora.state.peft_kinds.vera import VeRADialect
 
 __all__ = ["DIALECTS", "Dialect", "Entry", "Parts", "Reading", "dialect_named", "dialect_of", "holds"]
 
@@ -38,6 +43,9 @@ DIALECTS: dict[str, Dialect] = {
         AdaLoRADialect(),
         LoHaDialect(),
         LoKrDialect(),
+        VBLoRADialect(),
+        VeRADialect(),
+        RandLoRADialect(),
     )
 }
 

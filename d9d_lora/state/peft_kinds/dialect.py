@@ -41,6 +41,7 @@ class Entry:
         from_file: Makes the whole tensor `name` from it (and from `beside`); None: it is that.
         beside: Further keys that `from_file` needs, each with an entry of its own.
         expected: Of a tensor that is read into nothing: what it must be in a file that is not for another model.
+        take: Of a tensor that is read into nothing: what is given the whole of it instead (frozen bases).
     """
 
     key: str
@@ -51,6 +52,7 @@ class Entry:
     from_file: Callable[..., Tensor] | None = None
     beside: tuple[str, ...] = ()
     expected: Callable[[CheckpointFiles], Tensor] | None = None
+    take: Callable[[Tensor], None] | None = None
 
 
 @dataclass
@@ -241,7 +243,7 @@ class Dialect(ABC):
                 parts.shared[self.shared[key]] = key
             elif name != key and self.take(parts, name, key):
                 pass
-            elif name == key or _ADAPTERS.search(name):
+            elif name == key or "." not in name or _ADAPTERS.search(name):
                 strange.append(key)
             elif name.endswith(".base_layer.weight"):
                 parts.base_copies[name.removesuffix(".base_layer.weight")] = key
@@ -262,6 +264,13 @@ class Dialect(ABC):
     def spelling(self) -> str:
         """The keys of a layer, for messages."""
         return f"{PEFT_PREFIX}<layer>." + ", .".join(self.factors)
+
+    def repeated(self, files: CheckpointFiles, layers: Sequence[AdaptedLayer]) -> set[str]:
+        """Keys of a file that repeat others, and may be left out. Raises AdapterError for one that says something else."""
+        return set()
+
+    def filled(self, layers: Sequence[AdaptedLayer], config: dict[str, Any]) -> None:  # noqa: B027
+        """Called once a directory with this config has been read into the layers."""
 
     @abstractmethod
     def method(self, reading: Reading) -> PeftMethod[Any]:
