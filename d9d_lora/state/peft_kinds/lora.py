@@ -42,7 +42,7 @@ from d9d_lora.methods.merged import MergedDelta
 from d9d_lora.methods.stacked import StackedDelta
 from d9d_lora.replicate import restacked
 from d9d_lora.state.names import PEFT_PREFIX
-from d9d_lora.state.peft_config import AdapterError, commonest, layer_names, pattern_faults, pattern_of, plain, targets_of
+from d9d_lora.state.peft_config import AdapterError, N, commonest, layer_names, pattern_faults, pattern_of, plain, targets_of
 from d9d_lora.state.peft_kinds.dialect import Dialect, Entry, Parts, Reading
 from d9d_lora.targets import by_name, named
 from d9d_lora.walk import names_of_modules
@@ -248,8 +248,8 @@ class LoRADialect(Dialect):
                 {
                     **reading.targeting(modules),
                     "target_parameters": sorted(names.values()) or None,
-                    "rank_pattern": pattern_of({named_as[n]: found[n].r for n in named_as}, r),
-                    "alpha_pattern": pattern_of({named_as[n]: float(found[n].alpha) for n in named_as}, alpha),
+                    "rank_pattern": _for_heads(heads, reading, pattern_of({named_as[n]: found[n].r for n in named_as}, r)),
+                    "alpha_pattern": _for_heads(heads, reading, pattern_of({named_as[n]: float(found[n].alpha) for n in named_as}, alpha)),
                     "layer_replication": config.get("layer_replication") or None,
                     "ensure_weight_tying": bool(heads),
                     "params": {
@@ -451,6 +451,13 @@ def parameters_of(reading: Reading) -> dict[str, str]:
     if lacking := sorted(found.keys() - reading.parts.factors.keys()):
         raise AdapterError(f"{reading.path}: target_parameters {wanted} should have factors at {lacking[:5]}, and the file has none there")
     return found
+
+
+def _for_heads(heads: list[str], reading: Reading, pattern: dict[str, N]) -> dict[str, N]:
+    """A pattern in which what is said of an embedding is said of its heads too."""
+    names = "|".join(f"^{re.escape(head)}" for head in heads)
+    lookups = reading.parts.lookups if heads else set()
+    return {f"{key}|{names}" if any(by_name({key: 1}, e, 0) for e in lookups) else key: value for key, value in pattern.items()}
 
 
 def tied_heads(reading: Reading) -> list[str]:
