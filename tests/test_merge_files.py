@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from d9d_lora import inject_peft_and_freeze, peft_method_from_config
-from d9d_lora.state import merge_files as module
+from d9d_lora.state import merge_edit, merge_work
 from d9d_lora.state.merge_files import merge_files
 from d9d_lora.state.peft_format import AdapterError, save_adapter
 from d9d_lora.state.safetensors_dir import CheckpointError
@@ -212,7 +212,7 @@ def test_only_harmless_files_are_copied(tmp_path):
 def test_a_wrong_byte_is_found_when_it_is_read_back(tmp_path, monkeypatch, wrong):
     """q_proj is merged, k_proj only copied."""
     _, source, adapter = saved("llama", tmp_path)
-    write = module.write_safetensors
+    write = merge_work.write_safetensors
 
     def flip(path, promises, blocks_of, metadata):
         def values(name):
@@ -221,7 +221,7 @@ def test_a_wrong_byte_is_found_when_it_is_read_back(tmp_path, monkeypatch, wrong
 
         write(path, promises, values, metadata)
 
-    monkeypatch.setattr(module, "write_safetensors", flip)
+    monkeypatch.setattr(merge_work, "write_safetensors", flip)
     with pytest.raises(AdapterError, match=wrong):
         merge_files(adapter, source, tmp_path / "merged")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
@@ -232,7 +232,7 @@ def test_a_merge_by_blocks_is_the_merge_at_once(tmp_path, monkeypatch):
         root = tmp_path / case.replace(" ", "_")
         root.mkdir()
         model, source, adapter = saved(case, root)
-        monkeypatch.setattr(module, "BLOCK", 50)
+        monkeypatch.setattr(merge_edit, "BLOCK", 50)
         merge_files(adapter, source, root / "merged")
         assert (logits(load(root / "merged")) - logits(model)).abs().max() < 2e-5
 
