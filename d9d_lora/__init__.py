@@ -7,10 +7,11 @@
     model.to_empty(device=...)                                # memory, no values yet
     load_checkpoint(model, path, mapper, skip=factors)        # each rank reads the bytes of its shard
     method.initialise(model)                                  # starts that need the real weights
-    train; merge_peft(method, model)                          # or save the adapter
+    train; save_adapter(model, path)                          # or merge_peft(method, model)
 """
 
 from d9d_lora.combine import add_weighted_adapter
+from d9d_lora.files import load_adapter, save_adapter, total_parameter_count, trainable_parameter_count
 from d9d_lora.inject import inject_peft_and_freeze, merge_peft, unmerge_peft
 from d9d_lora.method import PeftInjectionResult, PeftMethod
 from d9d_lora.methods.full_tune import FullTune, FullTuneConfig
@@ -63,11 +64,15 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "inject_peft_and_freeze",
+    "load_adapter",
     "merge_adapters",
     "merge_peft",
     "only_adapter",
     "peft_method_from_config",
+    "save_adapter",
     "set_adapter",
+    "total_parameter_count",
+    "trainable_parameter_count",
     "unmerge_adapters",
     "unmerge_peft",
 ]

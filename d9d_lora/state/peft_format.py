@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -126,7 +126,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, base: str | 
         AdapterError: on every rank alike; what was at `path` before is untouched.
     """
     final = Path(path).absolute()
-    write_collected(model, final, lambda collected: _write(final, collected), look=_refuse_other, base=base, task_type=task_type)
+    write_collected(model, final, lambda collected: write_directory(final, collected), look=_refuse_other, base=base, task_type=task_type)
 
 
 def write_collected(
@@ -199,7 +199,7 @@ def _trained(model: nn.Module) -> _Trained:
                     )
             continue
         own = dict(m.named_parameters(recurse=False))
-        if any(p.requires_grad for name, p in own.items() if name != "bias") and not _is_shared(clear, layers.values()):
+        if any(p.requires_grad for name, p in own.items() if name != "bias") and not _is_shared(m, layers.values()):
             whole[clear] = (path, m)
         elif "bias" in own:
             biases[f"{PEFT_PREFIX}{clear}.bias"] = (f"{path}.bias", own["bias"])
@@ -219,9 +219,9 @@ def _trained(model: nn.Module) -> _Trained:
     return _Trained(dialect, layers, beside, mode, sorted(whole))
 
 
-def _is_shared(clear: str, layers: Sequence[AdaptedLayer] | Any) -> bool:
+def _is_shared(m: nn.Module, layers: Iterable[AdaptedLayer]) -> bool:
     """Whether a module holds what layers share, and not something of the model's own."""
-    return any(clear == name for layer in layers for name in layer.shared)
+    return any(m is factor for layer in layers for factor in layer.shared.values())
 
 
 def _describe(
@@ -299,7 +299,8 @@ def _refuse_other(final: Path) -> None:
         raise AdapterError(f"{final} is not a directory. Give a path that does not exist, or a directory.")
 
 
-def _write(final: Path, collected: Collected) -> None:
+def write_directory(final: Path, collected: Collected) -> None:
+    """Writes a gathered adapter as a directory. On rank 0, which has it."""
     held, config = collected.tensors(), collected.config
     final.parent.mkdir(parents=True, exist_ok=True)
     # an empty directory may be somebody's half-made checkpoint, of which this one is a part: it keeps its name
@@ -369,6 +370,7 @@ def load_adapter_weights(model: nn.Module, path: str | os.PathLike[str]) -> Load
             value that is not finite; a copy of a base weight in the file that is not the model's base weight.
     """
     config = read_adapter_config(path)
+    config = {**COMMON, **TARGETING, **DIALECTS[config["peft_type"]].fields, **config}  # what is not given has PEFT's default
     reshard(model)
     trained = _trained(model)
     if trained.dialect.peft_type != config["peft_type"]:
@@ -380,6 +382,8 @@ def load_adapter_weights(model: nn.Module, path: str | os.PathLike[str]) -> Load
             f"the start of {moved[0].name} ({moved[0].delta}) moves the base weight, and {path} is for untouched ones. Inject "
             "`method_of(path)` into the base as it was, and load into that"
         )
+    for layer in trained.adapted:
+        trained.dialect.check(config, layer)  # names and shapes would not tell another scale
     entries = trained.entries(model, config)
     state = dict(named_state(model))
     mine = {entry.name for entry in entries if entry.name is not None}

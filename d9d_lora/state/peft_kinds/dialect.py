@@ -207,12 +207,13 @@ class Dialect(ABC):
             if config[name] not in (None, False, [], {}):
                 faults.append(f"{name} = {config[name]!r}: no field that is known here, so it may change the result")
         for name, (kinds, least) in self.numbers.items():
-            value = config.get(name)
+            value: Any = config.get(name)
             if not isinstance(value, kinds) or isinstance(value, bool) or value < least:
                 faults.append(f"{name} = {value!r}: expected {_WORDS.get(kinds, 'a number')} of at least {least:g}")
         for name, default in self.fields.items():
             value = config.get(name)
-            if isinstance(default, bool) and not isinstance(value, bool | str | None) and name not in self.refused:  # str: name of a start
+            start = name.startswith("init_") and isinstance(value, str)  # of a name: "false" is true to Python
+            if isinstance(default, bool) and not (isinstance(value, bool | None) or start) and name not in self.refused:
                 faults.append(f"{name} = {value!r}: expected true or false")
         if self.bias and config.get("bias", "none") not in ("none", "all", self.bias):
             faults.append(f"bias = {config['bias']!r}: expected 'none', 'all' or {self.bias!r}")

@@ -177,7 +177,7 @@ class LoRADialect(Dialect):
         for name, has in (("use_dora", isinstance(layer.delta, DoRADelta)), ("lora_bias", delta.bias)):
             if bool(config.get(name)) != has and not isinstance(layer, TiedHead):
                 raise AdapterError(f"{layer.name}: the config says {name}={config.get(name)}; the layer has {layer.delta}")
-        if isinstance(layer, AdaptedParameter) and layer.name not in (config["target_parameters"] or []):
+        if isinstance(layer, AdaptedParameter) and not named(layer.name, config["target_parameters"] or []):
             raise AdapterError(f"{layer.name} is adapted, and target_parameters does not name it")
 
     def entries(self, path: str, layer: AdaptedLayer, config: dict[str, Any]) -> list[Entry]:
@@ -331,6 +331,7 @@ def _on_disk(layer: AdaptedLayer, factor: str, entry: Entry) -> Entry:
     """The entry with the shape that the file has: first as a matrix, then as a kernel."""
     (p,) = entry.sources
     here = entry.shape
+    shape: tuple[int, ...]
     if factor in layer.origin and factor in ("lora_A", "lora_B"):
         rows = factor == "lora_A"
         shape = (2 * p.shape[0], p.shape[1]) if rows else (p.shape[0], 2 * p.shape[1])
@@ -424,6 +425,10 @@ def layer_meanings(reading: Reading, names: Mapping[str, str] | None = None) -> 
             expected = B[:1] if len(B) == 2 else (1, B[0], *B[2:])
         if magnitude != expected:
             faults.append(f"{layer}: {MAGNITUDE} {magnitude}, expected {expected}, as use_dora is {config.get('use_dora')}")
+        shift = files.shape(parts.shifts[layer]) if layer in parts.shifts else None
+        expected = B[:1] if config.get("lora_bias") and layer not in parts.lookups else None
+        if shift != expected:
+            faults.append(f"{layer}: lora_B.bias {shift}, expected {expected}, as lora_bias is {config.get('lora_bias')}")
         alpha = by_name(config.get("alpha_pattern") or {}, parameter or layer, config["lora_alpha"])
         found[layer] = LayerMeaning(r, alpha, scaling)
     if faults:
