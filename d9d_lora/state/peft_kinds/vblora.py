@@ -74,7 +74,8 @@ class VBLoRADialect(OnLinear):
 
     def shared_entries(self, model: nn.Module, layers: Sequence[AdaptedLayer], config: dict[str, Any]) -> list[Entry]:
         bank = layers[0].shared[BANK].weight
-        return [Entry(f"base_model.{BANK}", f"{BANK}.weight", (bank,), tuple(bank.shape))]
+        name = next(name for name, p in model.named_parameters() if p is bank)  # the root of the injection may be inside `model`
+        return [Entry(f"base_model.{BANK}", name, (bank,), tuple(bank.shape))]
 
     def lacking(self, parts: Parts) -> list[str]:
         whole, small = set(LOGITS), {name + part for name in LOGITS for part in (INDICES, WEIGHTS)}
@@ -83,7 +84,7 @@ class VBLoRADialect(OnLinear):
     def filled(self, layers: Sequence[AdaptedLayer], config: dict[str, Any]) -> None:
         for layer in layers:
             assert isinstance(layer.delta, VBLoRADelta)
-            layer.delta = replace(layer.delta, chosen=bool(config.get(SMALL)), small=bool(config.get(SMALL)))
+            layer.delta = replace(layer.delta, chosen=bool(config.get(SMALL)))
 
     def method(self, reading: Reading) -> VBLoRA:
         config = {**self.fields, **reading.config}
