@@ -31,6 +31,12 @@ class NotLinear(ValueError):
     """An expression that is broken, that this engine does not know, or that is too large for it."""
 
 
+def check_key(key: str) -> None:
+    """Raises `NotLinear` unless `ends_like` takes the key; compiles nothing that it need not."""
+    if len(key) > MAX_PATTERN or not _SIMPLE.fullmatch(key):
+        Linear(rf"(.*\.)?({key})$")
+
+
 @lru_cache(maxsize=2 * MAX_PATTERNS)
 def ends_like(key: str) -> Callable[[str], object]:
     """PEFT's test of a name by a key of `rank_pattern`: `re.match(rf"(.*\\.)?({key})$", name)`.

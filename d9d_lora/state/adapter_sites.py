@@ -36,8 +36,8 @@ from d9d_lora.state.names import BASE
 from d9d_lora.state.native_format import METHOD, method_of_trained
 from d9d_lora.state.native_format import WEIGHTS as NATIVE
 from d9d_lora.state.peft_config import AdapterError
-from d9d_lora.state.peft_kinds import DIALECTS, Dialect, Reading
-from d9d_lora.state.peft_read import open_weights, read_adapter_config
+from d9d_lora.state.peft_kinds import DIALECTS, Dialect
+from d9d_lora.state.peft_read import open_weights, read_adapter_config, reading_of
 from d9d_lora.state.safetensors_dir import CheckpointFiles, open_checkpoint
 from d9d_lora.state.untrusted import inside
 
@@ -202,13 +202,13 @@ def _open_peft(path: Path, model_config: Mapping[str, Any]) -> Adapter:
         )
     files = open_weights(path)
     try:
-        parts = dialect.sort(files.names())
-        reading = Reading(path, config, parts, files)
+        reading = reading_of(path, config, files)
+        parts = reading.parts
         try:
             method = dialect.method(reading)
         except AdapterError:
             raise
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise AdapterError(f"{path}: {error}") from error
         said = config.get("fan_in_fan_out", False) if "fan_in_fan_out" in dialect.fields else None
         adapter = Adapter(path, files, model_config, shared_keys=parts.shared, fan_in_fan_out=None if said is None else bool(said))

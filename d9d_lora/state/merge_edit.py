@@ -137,6 +137,8 @@ class Add:
 
     def check_finite(self, name: str) -> None:
         for factor, value in self.factors().items():
+            if not value.is_floating_point():
+                raise AdapterError(f"{factor!r} is {value.dtype}, expected a floating-point dtype; save the adapter of {name!r} again")
             _refuse_infinite(factor, value, name)
 
     def values(self, base: Held) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d9d_lora.method import PeftMethod
-from d9d_lora.patterns import NotLinear, ends_like, is_like, refuse_costly
+from d9d_lora.patterns import NotLinear, check_key, is_like, refuse_costly
 from d9d_lora.placement import full_of
 from d9d_lora.registry import peft_method_from_config
 from d9d_lora.state.atomic import decided, rank_and_world, sync_tree
 from d9d_lora.state.names import clean
+from d9d_lora.state.peft_limits import huge_numbers
 from d9d_lora.state.reader import load_checkpoint, named_state
 from d9d_lora.state.safetensors_dir import CheckpointError, open_checkpoint
 from d9d_lora.state.untrusted import AGAIN, inside, is_name, read_json, shown
@@ -67,6 +68,8 @@ def method_of_trained(path: Path) -> PeftMethod:
     config = read_json(inside(path, path / METHOD))
     try:
         _refuse_slow(config)
+        if faults := huge_numbers(config):
+            raise CheckpointError("; ".join(faults[:5]))
         return peft_method_from_config(config)
     except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path / METHOD} cannot be followed: {str(error)[:2000]}. {AGAIN}") from error
@@ -81,9 +84,9 @@ def _refuse_slow(config: Any) -> None:
             if field in ("target_modules", "exclude_modules", "module_name_pattern") and isinstance(value, str):
                 is_like(value)
             elif field in ("rank_pattern", "alpha_pattern") and isinstance(value, dict):
-                refuse_costly(value, [" " * 100] * 1000)
+                refuse_costly(value, [" " * 100] * 1000)  # as many layers as a large model has
                 for key in value:
-                    ends_like(key)
+                    check_key(key)
             elif field in ("modules_to_save", "layers_pattern"):
                 plain = [value] if isinstance(value, str) else value or []
                 if not isinstance(plain, list) or not all(is_name(name) and re.fullmatch(r"[\w.-]+", name) for name in plain):

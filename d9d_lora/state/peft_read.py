@@ -22,10 +22,11 @@ from d9d_lora.method import PeftMethod
 from d9d_lora.state.peft_config import CONFIG, WEIGHTS, AdapterError
 from d9d_lora.state.peft_kinds import DIALECTS, Parts, Reading, dialect_named
 from d9d_lora.state.peft_kinds.lora import LayerMeaning, layer_meanings
+from d9d_lora.state.peft_limits import absurdities, refuse_slow, strange_names
 from d9d_lora.state.safetensors_dir import PICKLES, CheckpointFiles, open_checkpoint, read_header
-from d9d_lora.state.untrusted import parse_json, read_json
+from d9d_lora.state.untrusted import inside, parse_json, read_json, shown
 
-__all__ = ["LayerMeaning", "Parts", "meanings", "method_of", "open_weights", "parts_of", "read_adapter_config"]
+__all__ = ["LayerMeaning", "Parts", "meanings", "method_of", "open_weights", "parts_of", "read_adapter_config", "reading_of"]
 
 IN_HEADER = "adapter_config"  # in the metadata of a single file
 
@@ -56,9 +57,12 @@ def read_adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     else:
         where = str(root / CONFIG)
         _expect_directory(root)
+        inside(root, root / WEIGHTS)
+        inside(root, root / CONFIG)
         config = read_json(root / CONFIG, error=AdapterError)
-    if faults := dialect_named(config.get("peft_type"), where).faults(config):
-        raise AdapterError(f"{where} cannot be followed:\n  " + "\n  ".join(faults))
+    dialect = dialect_named(config.get("peft_type"), where)
+    if faults := absurdities(config) or dialect.faults(config):
+        raise AdapterError(f"{where} cannot be followed:\n  " + "\n  ".join(fault[:400] for fault in faults[:20]))
     return config
 
 
@@ -95,8 +99,8 @@ def meanings(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Parts, dict[
     if config["peft_type"] != "LORA":
         raise AdapterError(f"{path} is {config['peft_type']}; this reads LORA only. Load it into its model, and merge or export that")
     with open_weights(path) as files:
-        parts = DIALECTS["LORA"].sort(files.names())
-        reading = Reading(Path(path), config, parts, files)
+        reading = reading_of(path, config, files)
+        parts = reading.parts
         what = f"{config['target_parameters'][:3]} are bare parameters" if config.get("target_parameters") else None
         kernels = [layer for layer, pair in parts.factors.items() if len(files.shape(pair["A"])) > 2]
         if kernels and not what:
@@ -119,10 +123,28 @@ def method_of(path: str | os.PathLike[str], model: nn.Module | None = None) -> P
     config = read_adapter_config(path)
     dialect = DIALECTS[config["peft_type"]]
     with open_weights(path) as files:
-        reading = Reading(Path(path), config, dialect.sort(files.names()), files, model)
+        reading = reading_of(path, config, files, model)
         try:
             return dialect.method(reading)
         except AdapterError:
             raise
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise AdapterError(f"{path}: {error}") from error
+
+
+def reading_of(path: str | os.PathLike[str], config: dict[str, Any], files: CheckpointFiles, model: nn.Module | None = None) -> Reading:
+    """A file's keys sorted, after what no honest file has is refused: names that are expressions, factors that are no floats.
+
+    Raises:
+        AdapterError: which keys, and what was expected.
+    """
+    if strange := strange_names(files.names()):
+        raise AdapterError(f"{path}: {shown(strange)} cannot be the names of parameters: expected words with dots between them")
+    parts = DIALECTS[config["peft_type"]].sort(files.names())
+    if config["peft_type"] != "VBLORA":  # which has numbers of vectors among its factors
+        kinds = {key: files.dtype(key) for factors in parts.factors.values() for key in factors.values()}
+        if odd := [f"{key!r} is {dtype}" for key, dtype in kinds.items() if not dtype.is_floating_point]:
+            raise AdapterError(f"{path}: {odd[:5]}; expected a floating-point dtype. Save it again")
+    if slow := refuse_slow(config, parts.factors):
+        raise AdapterError(f"{path}: {slow}")
+    return Reading(Path(path), config, parts, files, model)
