@@ -287,6 +287,13 @@ def test_there_and_back_is_the_same_to_the_bit(kind, tmp_path):
     assert all(np.array_equal(file.read(name).numpy(), value) for name, value in theirs.items())
 
 
+def test_gemma_has_no_head_of_its_own_whatever_its_config_says():
+    for tied in (True, False):
+        base = base_of(base_config("gemma2", tied))
+        assert base.tied
+        assert not {"model.embed_tokens", "lm_head"} & base.weights.keys()
+
+
 @pytest.mark.parametrize(
     "fields,exact",
     [
