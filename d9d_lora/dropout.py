@@ -30,7 +30,7 @@ class Clock:
     def __init__(self, seed: int = 0, mesh: DeviceMesh | None = None) -> None:
         self.seed = seed
         self.mesh = mesh
-        self.now = torch.zeros((), dtype=torch.int64)
+        self.now = torch.zeros((), dtype=torch.int64, device="cpu")  # also under `torch.device("meta")`: there masks would be garbage
         self._forwards = 0
         self._driven = False
         self._handle: RemovableHandle | None = None

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from d9d_lora import LoRA, LoRAConfig, LoRAParameters, inject_peft_and_freeze
+
 PAGE = Path(__file__).resolve().parents[2] / "docs/hosts.md"
 STEPS, LR, BATCH = 4, 1e-2, 8
 HALF = STEPS // 2
@@ -147,10 +149,14 @@ def test_the_trainer_of_transformers_as_it_wraps_on_a_cpu(pool, base, expected, 
 
 
 def _lightning(rank, *args):
-    environment = dict(os.environ)
+    environment, modes = dict(os.environ), []
     try:
         os.environ["TORCHELASTIC_RUN_ID"] = "pool"  # as torchrun says: the processes are there already
-        return call("lightning")["train"](*args)
+        names = call("lightning")
+        names["Module"].on_train_end = lambda module: modes.append(module.model.training)
+        losses = names["train"](*args)
+        assert modes == [True]  # else dropout is off
+        return losses
     finally:
         os.environ.clear()
         os.environ.update(environment)
@@ -164,6 +170,22 @@ def test_lightning(pool, base, expected, tmp_path):
     second = pool.run(2, _lightning, base, tmp_path / "more", rest, STEPS, str(tmp_path / "run/checkpoint"))
     alike([a + b for a, b in zip(first, second)], expected[0])
     same(tmp_path / "more/adapter", expected[1][-1])
+
+
+def test_a_host_that_injects_under_meta_has_masks():
+    """d9d calls the provider, and so the injection, inside `torch.device("meta")`: the clock of the masks must not end up there."""
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
+        method = LoRA(LoRAConfig(target_modules=["0"], params=LoRAParameters(r=2, alpha=2, dropout=0.5)))
+        inject_peft_and_freeze(method, model)
+    model.to_empty(device="cpu")
+    torch.nn.init.ones_(model[0].base.weight)
+    method.initialise(model)
+    torch.nn.init.ones_(model[0].lora_B.weight)
+    x = torch.ones(64, 8)
+    y = model(x) - model[0].base(x)
+    assert y.isfinite().all()
+    assert 2 < y.unique().numel() <= 2**8  # of each row some columns are kept, the others are not
 
 
 # -- d9d ----------------------------------------------------------------------------------------------------------------------------
