@@ -2,6 +2,9 @@
 
 import json
 import os
+import runpy
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +15,16 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from d9d_lora import inject_peft_and_freeze, peft_method_from_config
-from d9d_lora.state import merge_edit, merge_work
+from d9d_lora import files, inject_peft_and_freeze, peft_method_from_config
+from d9d_lora.quant import nf4
+from d9d_lora.state import merge_edit, merge_probe, merge_work
 from d9d_lora.state.merge_files import merge_files
 from d9d_lora.state.peft_format import AdapterError, save_adapter
 from d9d_lora.state.safetensors_dir import CheckpointError
-from tests.parity.test_peft_format import CASES, adapted, base, logits
+from tests.parity.test_peft_format import CASES, SMALL, adapted, base, logits, stir
+from tests.tiny_tokenizer import tiny_tokenizer
+
+peft = pytest.importorskip("peft")
 
 ROOT = Path(__file__).parents[1]
 
@@ -237,6 +244,219 @@ def test_a_merge_by_blocks_is_the_merge_at_once(tmp_path, monkeypatch):
         assert (logits(load(root / "merged")) - logits(model)).abs().max() < 2e-5
 
 
+def kill_after(monkeypatch, shards, error=KeyboardInterrupt):
+    """A merge that dies while it writes the next shard, with that shard half written."""
+    real, written = merge_work.write_safetensors, []
+
+    def write(path, promises, blocks_of, metadata):
+        if len(written) == shards:
+            path.write_bytes(b"half")
+            raise error
+        written.append(path.name)
+        real(path, promises, blocks_of, metadata)
+
+    monkeypatch.setattr(merge_work, "write_safetensors", write)
+    return written
+
+
+def tree(path):
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_a_killed_merge_goes_on_with_the_next_shard(tmp_path, monkeypatch):
+    _, source, adapter = saved("llama", tmp_path, max_shard_size="8KB")
+    merge_files(adapter, source, tmp_path / "whole")
+    files = sorted(p.name for p in source.glob("*.safetensors"))
+    assert len(files) == 3
+    kill_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        merge_files(adapter, source, tmp_path / "merged")
+    monkeypatch.undo()
+    assert not (tmp_path / "merged").exists()
+    half = tmp_path / ".tmp_merged/model"
+    (half / files[1]).write_bytes((half / files[0]).read_bytes())  # a finished shard that has rotted is made anew
+    written = kill_after(monkeypatch, len(files))
+    report = merge_files(adapter, source, tmp_path / "merged")
+    assert (report.kept, written) == (1, [f"{name}.part" for name in files[1:]])
+    assert "1 finished shards" in str(report)
+    assert tree(tmp_path / "merged") == tree(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "merged", "whole"]
+
+
+@pytest.mark.parametrize("what", ["adapter", "base", "dtype"])
+def test_other_inputs_start_anew(tmp_path, monkeypatch, what):
+    _, source, adapter = saved("llama", tmp_path, max_shard_size="8KB")
+    kill_after(monkeypatch, 2, OSError("no space"))
+    with pytest.raises(OSError, match="no space"):
+        merge_files(adapter, source, tmp_path / "merged")
+    monkeypatch.undo()
+    if what == "adapter":
+        file = adapter / "adapter_model.safetensors"
+        save_file({k: v * 2 for k, v in load_file(file).items()}, file, {"format": "pt"})
+    if what == "base":
+        os.utime(source / "config.json", (1, 1))
+    options = {"dtype": torch.bfloat16} if what == "dtype" else {}
+    report = merge_files(adapter, source, tmp_path / "merged", **options)
+    assert report.kept == 0
+    assert f"made of other inputs ({what})" in report.notes[0]
+    merge_files(adapter, source, tmp_path / "whole", **options)
+    assert tree(tmp_path / "merged") == tree(tmp_path / "whole")
+
+
+def test_a_process_that_is_killed_leaves_its_shards_and_no_lock(tmp_path):
+    """Killed after the second line of the journal, as no `finally` can notice."""
+    _, source, adapter = saved("llama", tmp_path, max_shard_size="8KB")
+    real, left = merge_work.write_text, [2]
+
+    def write_text(path, text):
+        real(path, text)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (child := os.fork()):
+        merge_work.write_text = write_text
+        merge_files(adapter, source, tmp_path / "merged")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert not (tmp_path / "merged").exists()
+    report = merge_files(adapter, source, tmp_path / "merged")
+    assert (report.kept, report.notes) == (2, ())
+    assert logits(load(tmp_path / "merged")).isfinite().all()
+
+
+def test_two_merges_into_one_place(tmp_path, monkeypatch):
+    _, source, adapter = saved("llama", tmp_path)
+    real = merge_work.write_safetensors
+
+    def meanwhile(*arguments):
+        with pytest.raises(AdapterError, match="another process"):
+            merge_files(adapter, source, tmp_path / "merged")
+        real(*arguments)
+
+    monkeypatch.setattr(merge_work, "write_safetensors", meanwhile)
+    merge_files(adapter, source, tmp_path / "merged")
+
+
+def test_a_vocabulary_that_has_grown(tmp_path):
+    """PEFT saves both embeddings with the adapter once they were resized; the merged model has their rows, and the adapter's tokenizer."""
+    _, source, _ = saved("llama", tmp_path, max_shard_size="8KB")
+    model, rows = load(source), 41
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    config = {"kind": "lora", "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"], "params": {"r": 4, "alpha": 6}}
+    inject_peft_and_freeze(peft_method_from_config(config), model)
+    stir(model)
+    save_adapter(model, tmp_path / "grown")
+    (tmp_path / "grown/tokenizer.json").write_text('{"new": 1}')
+    report = merge_files(tmp_path / "grown", source, tmp_path / "merged")
+    assert "41 rows" in report.notes[0]
+    assert json.loads((tmp_path / "merged/config.json").read_text())["vocab_size"] == rows
+    assert (tmp_path / "merged/tokenizer.json").read_text() == '{"new": 1}'
+    assert (logits(load(tmp_path / "merged")) - logits(model)).abs().max() < 2e-5
+    index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
+    merged = [t for f in (tmp_path / "merged").glob("*.safetensors") for t in load_file(f).values()]
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in merged)
+    file = tmp_path / "grown/adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "lm_head" not in k}, file, {"format": "pt"})
+    with pytest.raises(AdapterError, match=r"not of all its tensors.*'lm_head.weight': 37.*'model.embed_tokens.weight': 41"):
+        merge_files(tmp_path / "grown", source, tmp_path / "again")
+
+
+def test_an_adapted_embedding_that_has_grown(tmp_path):
+    """PEFT keeps the resized base weight beside the factors of an adapted embedding: the update is added to that."""
+    _, source, _ = saved("llama", tmp_path)
+    model = load(source)
+    model.resize_token_embeddings(41, mean_resizing=False)
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"]))
+    stir(theirs)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    merge_files(tmp_path / "theirs", source, tmp_path / "merged")
+    assert (logits(load(tmp_path / "merged")) - logits(theirs.eval())).abs().max() < 2e-5
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5] += 1
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match="trained on another base"):
+        merge_files(tmp_path / "theirs", source, tmp_path / "again")
+
+
+def quantised(source, kind):
+    """The base's linear weights packed; the weights as they unpack."""
+    tensors, plain = load_file(source / "model.safetensors"), {}
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        w = tensors.pop(name)
+        if kind == "ours":
+            packed = nf4.quantise(w, block=8)
+            plain[name] = nf4.dequantise(packed, w.shape[1], 8, torch.float32)
+            stem = name.removesuffix(".weight")
+            tensors |= {name: packed.weight, f"{stem}.absmax": packed.absmax, f"{stem}.span": packed.span}
+            continue
+        code, blocks = torch.tensor(nf4.CODE), w.reshape(-1, 64)
+        m = blocks.abs().amax(1)
+        c = (blocks / m[:, None])[..., None].sub(code).abs().argmin(-1).flatten()
+        offset = m.mean()
+        m2, code2 = (m - offset).abs().max(), torch.linspace(-1, 1, 256)
+        a = ((m - offset) / m2)[:, None].sub(code2).abs().argmin(1)
+        plain[name] = (code[c].reshape(-1, 64) * (code2[a] * m2 + offset)[:, None]).reshape(w.shape)
+        state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(w.shape)}
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": float(offset)}
+        told = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        tensors |= {
+            name: (c[::2] * 16 + c[1::2]).to(torch.uint8)[:, None],
+            f"{name}.absmax": a.to(torch.uint8),
+            f"{name}.quant_map": code,
+            f"{name}.nested_absmax": m2[None],
+            f"{name}.nested_quant_map": code2,
+            f"{name}.quant_state.bitsandbytes__nf4": told,
+        }
+    save_file({k: v.contiguous() for k, v in tensors.items()}, source / "model.safetensors", {"format": "pt"})
+    change_config(source, quantization_config={"quant_method": "bitsandbytes" if kind != "ours" else "nf4"})
+    return plain
+
+
+def change_config(source, **fields):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+@pytest.mark.parametrize(("kind", "said"), [("ours", "our NF4"), ("bitsandbytes", "bitsandbytes nf4")])
+def test_a_quantised_base_is_refused_unless_asked(tmp_path, kind, said):
+    model, source, adapter = saved("llama", tmp_path)
+    plain = quantised(source, kind)
+    with pytest.raises(AdapterError, match=f"quantised .{said}.*dequantise=true"):
+        merge_files(adapter, source, tmp_path / "merged")
+    report = merge_files(adapter, source, tmp_path / "merged", dequantise=True)
+    assert f"weights of the quantised base ({said}) were unpacked" in report.notes[0]
+    with torch.no_grad():
+        for name, value in plain.items():
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            getattr(layer, "base", layer).weight.copy_(value)
+    result = load(tmp_path / "merged")
+    assert (logits(result) - logits(model)).abs().max() < 2e-5
+    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"), [("q_proj.qweight", "gptq"), ("q_proj.SCB", "LLM.int8"), ("q_proj.weight_scale_inv", "FP8")]
+)
+def test_a_kind_of_packing_that_is_not_unpacked_is_named(tmp_path, tensor, said):
+    _, source, adapter = saved("llama", tmp_path)
+    file = source / "model.safetensors"
+    save_file({**load_file(file), f"model.layers.0.self_attn.{tensor}": torch.ones(2, dtype=torch.int32)}, file, {"format": "pt"})
+    change_config(source, **({"quantization_config": {"quant_method": "gptq"}} if said == "gptq" else {}))
+    with pytest.raises(AdapterError, match=f"quantised .*{said}.*original"):
+        merge_files(adapter, source, tmp_path / "merged", dequantise=True)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".gguf"])
+def test_an_adapter_in_one_file(tmp_path, suffix):
+    model, source, adapter = saved("llama", tmp_path)
+    files.save_adapter(model, tmp_path / f"one{suffix}")
+    merge_files(adapter, source, tmp_path / "merged")
+    merge_files(tmp_path / f"one{suffix}", source, tmp_path / "again")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
+    assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-6
+
+
 MEASURE = """
 import re, sys, threading, time, torch
 from d9d_lora.state.merge_files import merge_files
@@ -303,3 +523,34 @@ def test_the_command(tmp_path):
     wrong = command("merge.py", "modelpath=x")
     assert wrong.returncode == 2
     assert "did you mean model.path=" in wrong.stderr
+
+
+def test_the_command_compares_logits(tmp_path, capsys):
+    """The gap is that of rounded weights: with dtype=float32 it is that of a sum, in bfloat16 larger; a merge that is wrong is seen."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(3)
+    config = {**SMALL, "vocab_size": len(tokenizer)}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    inject_peft_and_freeze(peft_method_from_config({"kind": "loha", "target_modules": ["q_proj", "up_proj"], "params": {"r": 2}}), model)
+    stir(model)
+    save_adapter(model, tmp_path / "adapter")
+    text = "what is the name of a city"
+    given = {"adapter": "adapter", "model.path": "base", "output": "merged"}
+    main = runpy.run_path(str(ROOT / "launch/merge.py"))["main"]
+    main({**{k: str(tmp_path / v) for k, v in given.items()}, "dtype": "bfloat16", "dequantise": "false", "probe": text})
+    told = json.loads((tmp_path / "merged/merge_report.json").read_text())["logits"]
+    assert "logits of the merged model (bfloat16) differ" in capsys.readouterr().out
+    merge_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "exact")
+    texts = merge_probe.texts_of(text)
+    exact = merge_probe.probe(tmp_path / "adapter", tmp_path / "base", tmp_path / "exact", texts)
+    assert exact.largest < 1e-5 < told["largest"] < 0.1 * told["adapter"]
+    assert exact.mean <= exact.largest
+    wrong = merge_probe.probe(tmp_path / "adapter", tmp_path / "base", copy_of(tmp_path / "base", tmp_path / "wrong"), texts)
+    assert wrong.largest == pytest.approx(wrong.adapter)
+
+
+def copy_of(source, target):
+    shutil.copytree(source, target)
+    return target

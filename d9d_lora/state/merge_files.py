@@ -7,12 +7,15 @@ No model is built, so it works for every architecture whose adapter names its te
 `merge_edit`, the directory that survives a kill `merge_work`. Reading goes through the safetensors library.
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from d9d_lora.state.atomic import digest
 from d9d_lora.state.merge_edit import FLOATS, Add, Output, Shift
 from d9d_lora.state.merge_plan import Plan, plan_merge
 from d9d_lora.state.merge_work import Shard, build, refuse_existing
 from d9d_lora.state.peft_config import CONFIG, AdapterError
 from d9d_lora.state.safetensors_dir import INDEX, PICKLES, CheckpointError, CheckpointFiles, open_checkpoint
-from d9d_lora.state.untrusted import MAX_JSON, inside, read_json
+from d9d_lora.state.untrusted import MAX_JSON, inside, open_regular, read_json
 
 _WEIGHTS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", *PICKLES}
 # What a tokenizer consists of: taken from the adapter's directory where the adapter brings a vocabulary of its own.
@@ -79,7 +81,7 @@ def merge_files(
     A call that was killed leaves its finished shards in `.tmp_<output>`; the same call goes on from there.
 
     Args:
-        adapter: A PEFT directory, ours or PEFT's, or one of `save_trained`.
+        adapter: A PEFT directory, ours or PEFT's, one of `save_trained`, or a .safetensors or .gguf file of `save_adapter`.
         model: The base's directory, with safetensors.
         output: A directory that does not exist; it appears when everything in it has been read back, or not at all.
         dtype: Of all floating-point tensors of the output; None keeps each tensor's own.
@@ -95,7 +97,11 @@ def merge_files(
     if not model.is_dir():
         raise CheckpointError(f"{model} is no directory. Expected that of the base model, with config.json and weights.")
     config = read_json(inside(model, model / "config.json"))
-    with open_checkpoint(model) as files, plan_merge(adapter, files, config, dequantise=dequantise) as plan:
+    with (
+        _as_peft(adapter, config) as readable,
+        open_checkpoint(model) as files,
+        plan_merge(readable, files, config, dequantise=dequantise) as plan,
+    ):
         result = Output(plan.base, plan.edits, dtype)
         result.check_finite()
         shards = [shard for file in files.files() if (shard := _shard(model, file, plan, result)).promises]
@@ -111,6 +117,19 @@ def merge_files(
         built = build(output, shards, result.values, beside, inputs)
         notes = [f"started anew: {built.anew}"] if built.anew else []
         return report_of(result, started, sum(len(shard.promises) for shard in shards), built.kept, [*notes, *plan.notes])
+
+
+@contextlib.contextmanager
+def _as_peft(adapter: Path, config: dict[str, Any]) -> Iterator[Path]:
+    """The adapter in a form that is read here; llama.cpp's is converted."""
+    if adapter.suffix != ".gguf":
+        yield adapter
+        return
+    from d9d_lora.export.gguf import gguf_to_peft
+
+    with tempfile.TemporaryDirectory() as folder:
+        gguf_to_peft(adapter, config, Path(folder) / "adapter")
+        yield Path(folder) / "adapter"
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -134,9 +153,13 @@ def _shard(model: Path, file: Path, plan: Plan, result: Output) -> Shard:
 # -- what a continued merge must share with the one that was killed ------------------------------------------------------------------
 
 
-def _digest(adapter: Path) -> dict[str, Any]:
+def _digest(adapter: Path) -> dict[str, str]:
     """SHA-256 of the adapter's own files; what else lies in its directory does not matter."""
-    return {name: entry for name, entry in digest(adapter).items() if name.endswith((".json", ".safetensors")) and "/" not in name}
+    found = {}
+    for path in [adapter] if adapter.is_file() else sorted([*adapter.glob("*.json"), *adapter.glob("*.safetensors")]):
+        with open_regular(path) as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    return found
 
 
 def _fingerprint(model: Path, files: CheckpointFiles) -> dict[str, list[int]]:
