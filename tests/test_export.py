@@ -195,6 +195,17 @@ def test_what_is_a_product_is_exported_exactly(kind, tmp_path):
         assert json.loads((tmp_path / "small/adapter_config.json").read_text())["r"] == 4
 
 
+def test_a_rank_that_is_too_high_is_cut(tmp_path):
+    saved(tmp_path / "adapter", **UNEVEN)
+    told = export("vllm", Job(tmp_path / "adapter", tmp_path / "out", rank=2))
+    errors = []
+    for layer, p in read_products(tmp_path / "adapter").items():
+        U, S, Vh = torch.linalg.svd(dense(p))
+        assert (read_plainly(tmp_path / "out", layer) - U[:, :2] * S[:2] @ Vh[:2]).norm() < 1e-5 * S.norm()
+        errors.append((S[2:].norm() / S.norm()).item())
+    assert f"up to {max(errors):.2e}" in told
+
+
 def test_merged_is_the_merge(tmp_path):
     saved(tmp_path / "adapter", target_modules=["q_proj"])
     base("llama").save_pretrained(tmp_path / "base")
