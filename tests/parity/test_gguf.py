@@ -321,8 +321,8 @@ def test_the_scale_is_the_layers_own(tmp_path, fields, exact):
 
 
 def test_an_alpha_of_nothing_is_not_taken_for_one(tmp_path):
-    """llama.cpp reads alpha 0 as: no scale. A layer of scale 0 must stay silent."""
-    config, tensors = directory(tmp_path / "a", "llama", lora_alpha=0, alpha_pattern={"q_proj": 3})
+    """llama.cpp reads alpha 0 as: no scale. A layer whose alpha is 0 in fp32 must stay silent."""
+    config, tensors = directory(tmp_path / "a", "llama", lora_alpha=1e-60, alpha_pattern={"q_proj": 3})
     write_gguf(tmp_path / "a", tmp_path / "a.gguf", base_config=config)
     read, again = read_gguf(tmp_path / "a.gguf", config)
     q, v = (f"base_model.model.model.layers.0.self_attn.{name}.lora_B.weight" for name in ("q_proj", "v_proj"))
