@@ -50,24 +50,30 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def expected(base):
+    losses, factors = plain(base, call("loop")["adapter"]())
+    assert losses[-1] < losses[0]
+    assert all(t.abs().max() > 1e-3 for t in factors[-1].values())
+    return losses, factors
+
+
+def plain(base, method):
     """One process, no host, nothing sharded: the losses and the factors after every step."""
     from transformers import AutoModelForCausalLM
 
-    names = call("loop")
     model = AutoModelForCausalLM.from_pretrained(base)
-    names["inject_peft_and_freeze"](names["adapter"](), model)
+    inject_peft_and_freeze(method, model)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
     data, losses, factors = rows(), [], []
     for step in range(STEPS):
         mine = data[BATCH * step : BATCH * (step + 1)]
         loss = model(**{key: torch.stack([row[key] for row in mine]) for key in mine[0]}).loss
         loss.backward()
+        method.add_extra_loss(model)
         optimiser.step()
+        method.after_step(model, step + 1)
         optimiser.zero_grad()
         losses.append(loss.item())
         factors.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
-    assert losses[-1] < losses[0]
-    assert all(t.abs().max() > 1e-3 for t in factors[-1].values())
     return losses, factors
 
 
@@ -100,7 +106,14 @@ def test_the_loop(pool, base, expected, tmp_path, ranks, tp):
 # -- transformers.Trainer -----------------------------------------------------------------------------------------------------------
 
 
-def _trainer(rank, wrap, *args):
+def adalora():
+    from d9d_lora.registry import peft_method_from_config
+
+    params = {"init_r": 4, "target_r": 2, "tinit": 0, "tfinal": 1, "deltaT": 1, "lora_alpha": 8, "total_step": STEPS}
+    return peft_method_from_config({"kind": "adalora", "target_modules": "all-linear", "params": params})
+
+
+def _trainer(rank, wrap, make, *args):
     """`wrap`: "fsdp2" lets gloo on a CPU pass for an accelerator; without that, accelerate drops fsdp there and takes DDP."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
@@ -113,6 +126,7 @@ def _trainer(rank, wrap, *args):
             os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
             PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
         names = call("trainer")
+        names["adapter"] = make or names["adapter"]
         models, save = [], names["save_adapter"]
         names["save_adapter"] = lambda model, *a, **k: (models.append(model), save(model, *a, **k))
         losses = names["train"](*args, use_cpu=wrap != "fsdp2")
@@ -127,22 +141,30 @@ def _trainer(rank, wrap, *args):
 
 def test_the_trainer_of_transformers(pool, base, expected, tmp_path):
     pytest.importorskip("accelerate")
-    first = pool.run(2, _trainer, "fsdp2", base, tmp_path / "run", rows(), HALF)
+    first = pool.run(2, _trainer, "fsdp2", None, base, tmp_path / "run", rows(), HALF)
     checkpoint = tmp_path / f"run/checkpoint-{HALF}"
     same(checkpoint / "adapter", expected[1][HALF - 1])
-    second = pool.run(2, _trainer, "fsdp2", base, tmp_path / "more", rows(), STEPS, str(checkpoint))
+    second = pool.run(2, _trainer, "fsdp2", None, base, tmp_path / "more", rows(), STEPS, str(checkpoint))
     alike([a + b for a, b in zip(first, second)], expected[0])
     same(tmp_path / "more/adapter", expected[1][-1])
 
 
 def test_the_trainer_of_transformers_as_it_wraps_on_a_cpu(pool, base, expected, tmp_path):
     pytest.importorskip("accelerate")
-    alike(pool.run(2, _trainer, "ddp", base, tmp_path, rows(), STEPS), expected[0])
+    alike(pool.run(2, _trainer, "ddp", None, base, tmp_path, rows(), STEPS), expected[0])
     same(tmp_path / "adapter", expected[1][-1])
     # what the Trainer itself saves is no model of anybody else's
     held = load_file(tmp_path / f"checkpoint-{STEPS}/model.safetensors")
     assert "model.layers.0.self_attn.q_proj.base.weight" in held
     assert "model.layers.0.self_attn.q_proj.weight" not in held
+
+
+def test_the_trainer_of_transformers_calls_a_method_with_a_schedule(pool, base, tmp_path):
+    pytest.importorskip("accelerate")
+    losses, factors = plain(base, adalora())
+    ranks = [t.flatten().count_nonzero().item() for n, t in factors[-1].items() if "lora_E" in n]
+    assert 0 < sum(ranks) < 4 * len(ranks)  # some were dropped
+    alike(pool.run(2, _trainer, "fsdp2", adalora, base, tmp_path, rows(), STEPS), losses)
 
 
 # -- Lightning ----------------------------------------------------------------------------------------------------------------------
