@@ -210,6 +210,8 @@ def test_merged_is_the_merge(tmp_path):
     saved(tmp_path / "adapter", target_modules=["q_proj"])
     base("llama").save_pretrained(tmp_path / "base")
     export("merged", Job(tmp_path / "adapter", tmp_path / "one", tmp_path / "base"))
+    with pytest.raises(ExportError, match="leave rank out"):
+        export("merged", Job(tmp_path / "adapter", tmp_path / "two", tmp_path / "base", rank=2))
     merge_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "two")
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
 
@@ -248,6 +250,7 @@ def test_nothing_is_left_behind_and_nothing_is_replaced(tmp_path):
         ("vllm", replace(job, rank=0), "at least 1"),
         ("mlx", job, "needs the base"),
         ("other", job, "expected one of"),
+        ("peft", replace(job, adapter=tmp_path / "adapter/adapter_model.safetensors"), "expected a directory"),
     ):
         with pytest.raises(ExportError, match=said):
             export(profile, job_)

@@ -59,6 +59,7 @@ class Profile:
         faults: (sketch, rank of the projection) -> why it could not load the adapter, or would read it as another.
         write: Writes the output and returns a sentence on it.
         base: Whether it needs the base's directory.
+        takes_all: It takes every adapter that PEFT's format holds, unless a rank is asked for; its writer checks for itself.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Profile:
     faults: Callable[[Sketch, int | None], list[str]]
     write: Callable[[Job], str]
     base: bool = False
+    takes_all: bool = False
 
 
 # -- what all but PEFT have in common -------------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ def _write_mlx(job: Job) -> str:
 
 
 def _merged_faults(sketch: Sketch, rank: int | None) -> list[str]:
-    return ["layer_replication: copies of a layer share one weight, so none can hold them all merged"] if sketch.replicated else []
+    return [] if rank is None else ["rank: a merge takes the update as it is; leave rank out"]
 
 
 def _write_merged(job: Job) -> str:
@@ -316,12 +318,12 @@ def _write_merged(job: Job) -> str:
 PROFILES = {
     p.name: p
     for p in (
-        Profile("peft", "the directory as it is; with rank=N, a LoRA in its place", "peft", _peft_faults, _write_peft),
+        Profile("peft", "the directory as it is; with rank=N, a LoRA in its place", "peft", _peft_faults, _write_peft, takes_all=True),
         Profile("vllm", "a PEFT directory of plain LoRA", "vllm", _vllm_faults, _write_vllm),
         Profile("sglang", "a PEFT directory of plain LoRA", "sglang", _sglang_faults, _write_sglang),
         Profile("llamacpp", "one GGUF file", "adapter.gguf", _llamacpp_faults, _write_llamacpp, base=True),
         Profile("mlx", "adapters.safetensors and a config of its own", "mlx", _mlx_faults, _write_mlx, base=True),
-        Profile("merged", "a model directory", "merged", _merged_faults, _write_merged, base=True),
+        Profile("merged", "a model directory", "merged", _merged_faults, _write_merged, base=True, takes_all=True),
     )
 }
 
@@ -343,7 +345,10 @@ def export(profile: str, job: Job) -> str:
         raise ExportError(f"profile={profile} needs the base model's directory: give model.path=...")
     if job.rank is not None and job.rank < 1:
         raise ExportError(f"rank={job.rank}: expected a number of at least 1")
-    check({profile: row.faults(sketch_of_directory(job.adapter, job.base), job.rank)})
+    if not job.adapter.is_dir():
+        raise ExportError(f"adapter={job.adapter}: expected a directory in PEFT's format (adapter_config.json)")
+    if job.rank is not None or not row.takes_all:
+        check({profile: row.faults(sketch_of_directory(job.adapter, job.base), job.rank)})
     return row.write(job)
 
 
