@@ -4,15 +4,14 @@
     rows of q and k, where the architecture rotates neighbours:  (head, half, j)  ->  (head, j, half)
 
 Hugging Face turns row j of a head together with row j + d/2, llama.cpp's "normal" rotation rows 2j and 2j + 1. Its converter therefore
-reorders the rows of q and k of some architectures, and an adapter must follow: one that does not still trains, loads and mostly answers
-right, since q and k of a token remain of one scale. The names of tensors are those of gguf's own map; which architectures are
-reordered stands in llama.cpp's `conversion/` (`undo_permute`, and the classes that inherit it).
+reorders the rows of q and k of some architectures, and an adapter must follow: one that does not loads without a word, and answers
+right often enough to pass. The names of tensors are those of gguf's own map; which architectures are reordered stands in llama.cpp's
+`conversion/` (`undo_permute`, and the classes that inherit it).
 
 A row of `ARCHITECTURES` was tried with llama.cpp itself: a tiny random model of that type, every weight adapted
 (`tests/parity/test_gguf.py` keeps some of them).
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from d9d_lora.state.peft_config import AdapterError
+from d9d_lora.state.untrusted import read_json
 
 _HEAD = "lm_head"
 _ATTENTION = {"q_proj": ("q", "hidden"), "k_proj": ("kv", "hidden"), "v_proj": ("kv", "hidden"), "o_proj": ("hidden", "q")}
@@ -125,7 +125,7 @@ def base_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> Base:
     """
     config = config if isinstance(config, Mapping) else _json(Path(config))
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise AdapterError(
             f"the base is of model_type {kind!r}; which of its weights is which tensor of llama.cpp is known for "
             f"{', '.join(sorted(ARCHITECTURES))}. Export the merged model, and convert that with llama.cpp's own converter."
@@ -221,12 +221,6 @@ def version() -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
+    if not file.exists():
         raise AdapterError(f"{file} is not there; expected the config.json of the base model, or its directory")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{file}: expected a JSON object, got a {type(config).__name__}")
-    return config
+    return read_json(file, error=AdapterError)
