@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.fuzz import CONFIG, KINDS, METHOD, OURS, WEIGHTS, attempt, campaign, copy, model, snapshot
+from tests.fuzz import CONFIG, KINDS, METHOD, OURS, THOROUGH, WEIGHTS, attempt, campaign, copy, model, snapshot
 
 OUR_WEIGHTS, INDEX, DONE = "weights.safetensors", "model.safetensors.index.json", "step_00000003/COMPLETE"
+pytest.importorskip("gguf")
 ALL = [(kind, file) for kind, row in KINDS.items() for file in row.files]
 JSONS = [(kind, file) for kind, file in ALL if file.endswith(".json") or file == DONE]
 TENSORS = [(kind, file) for kind, file in ALL if file.endswith(".safetensors")]
@@ -34,6 +35,8 @@ def valid(tmp_path_factory):
 @pytest.fixture
 def refused(valid, tmp_path):
     """Spoils a file of a kind, and returns the text of the error."""
+
+    THOROUGH.set(True)
 
     def spoil(kind, file, act):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}" / "it"
@@ -82,7 +85,7 @@ def missing(file: Path) -> None:
 @pytest.mark.parametrize("act", [a_pipe, a_device, a_directory, a_link_out, a_link_to_itself, missing])
 def test_a_path_that_is_no_file(refused, act):
     for kind, file in ALL:
-        if act is a_link_out and kind in ("run", "single file"):
+        if act is a_link_out and kind in ("run", "single file", "GGUF", "loralib"):
             continue  # a run may be spread over disks, and a file that is named itself may be anywhere
         if kind == "run" and (act is missing or file == "latest"):
             continue  # without `latest`, the newest step is taken
@@ -364,12 +367,13 @@ def test_a_valid_directory_of_every_kind_is_read(valid):
         assert isinstance(attempt(kind, valid[name]), dict), name
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="its alarm is POSIX")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:resuming from")
 def test_spoilt_at_random(kind):
     """Bytes and structure, always the same ones: `python -m tests.fuzz 100000` tries others."""
-    count = campaign(kind, 60, fixed=True)
-    assert count["refused"] > 20, count
+    count = campaign(kind, 20 if "merge" in kind else 40, fixed=True)
+    assert count["refused"] > 8, count
 
 
 def test_the_model_is_compared():
