@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -92,9 +92,9 @@ def load_checkpoint(
         plan = _Plan(targets, files, mapper or ModelStateMapperParallel([]), ignore_unexpected, sinks.keys())
         plan.check()
         filled: dict[int, str] = {}
-        read = (part for step in plan.steps for part in step.read(files))
+        read: Iterable[tuple[str, Tensor]] = (part for step in plan.steps for part in step.read(files))
         if all_or_none:
-            read = iter(list(_checked(read, targets)))
+            read = list(_checked(read, targets))
         for name, values in read:
             if name in sinks:
                 _refuse_infinite(name, values, values.dtype)
@@ -344,7 +344,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _checked(read: Iterator[tuple[str, Tensor]], targets: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _checked(read: Iterable[tuple[str, Tensor]], targets: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Raises what `_fill` would, before it has filled anything."""
     seen: dict[int, tuple[str, Tensor]] = {}
     for name, values in read:

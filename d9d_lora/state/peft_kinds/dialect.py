@@ -208,7 +208,7 @@ class Dialect(ABC):
                 faults.append(f"{name} = {config[name]!r}: no field that is known here, so it may change the result")
         for name, (kinds, least) in self.numbers.items():
             value: Any = config.get(name)
-            if not isinstance(value, kinds) or isinstance(value, bool) or value < least:
+            if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value:  # type: ignore[operator]
                 faults.append(f"{name} = {value!r}: expected {_WORDS.get(kinds, 'a number')} of at least {least:g}")
         for name, default in self.fields.items():
             value = config.get(name)
