@@ -35,7 +35,6 @@ from d9d_lora.state.native_format import METHOD, load_trained, method_of_trained
 from d9d_lora.state.native_format import WEIGHTS as TRAINED
 from d9d_lora.state.peft_config import AdapterError, dump
 from d9d_lora.state.peft_format import Collected, load_adapter_weights, read_back, write_collected, write_tensors
-from d9d_lora.state.peft_kinds import holds
 from d9d_lora.state.peft_read import IN_HEADER, method_of
 from d9d_lora.walk import adapted_layers
 
@@ -69,7 +68,7 @@ def save_adapter(
     elif final.suffix == GGUF:
         config = _base_config(model)
         write_collected(model, final, lambda c: _write_gguf(final, c, config), look=_refuse_directory, base=base, task_type=task_type)
-    elif method is None or holds(adapted_layers(model)):
+    elif method is None or peft_format.holds_all(model):
         peft_format.save_adapter(model, final, base=base, task_type=task_type)
     else:
         _save_ours(model, final, method)

@@ -18,7 +18,6 @@ from d9d_lora.methods.dora import MAGNITUDE, DoRADelta
 from d9d_lora.methods.lora import LoRADelta
 from d9d_lora.placement import Placing
 from d9d_lora.state.peft_format import AdapterError, load_adapter_weights, method_of, save_adapter
-from d9d_lora.state.peft_kinds import holds
 from d9d_lora.walk import adapted_layers
 from tests.catalogue import HIDDEN, LAYERS, LAYOUTS, WIDTH, batch, build, mesh_of, plan_of
 from tests.small_run import losses, make_assets, run
@@ -290,14 +289,6 @@ def test_a_magnitude_on_some_layers_only_has_no_peft_directory(tmp_path):
     inject_peft_and_freeze(peft_method_from_config({"kind": "stack", "methods": methods}), model)
     with pytest.raises(AdapterError, match=r"down has none.*one `use_dora`"):
         save_adapter(model, tmp_path / "a")
-
-
-def test_a_convolution_has_no_peft_directory_yet(tmp_path):
-    model = build("conv2d")
-    adapt(model, target_modules=LAYERS["conv2d"].targets)
-    with pytest.raises(AdapterError, match=r"Conv2d.*save_trained"):
-        save_adapter(model, tmp_path / "a")
-    assert not holds(adapted_layers(model))
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,18 @@ def test_paths_that_are_something_else(tmp_path):
         save_adapter(toy("lora", "linear")[0], tmp_path / "a.gguf")
 
 
+def test_what_is_trained_beside_an_adapter_decides_too(tmp_path):
+    """PEFT's LoHa has no biases, and no PEFT directory has a parameter of a module that holds adapters."""
+    config = {**peft_config("loha", "linear_bias"), "bias": "lora_only"}
+    model = build("linear_bias")
+    made = peft_method_from_config(config)
+    inject_peft_and_freeze(made, model)
+    with pytest.raises(AdapterError, match="no field for them"):
+        save_adapter(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "a", method=made)
+    assert (tmp_path / "a/method.json").exists()
+
+
 def test_a_full_tune_is_kept_too(tmp_path):
     model = build("linear")
     method = peft_method_from_config({"kind": "full_tune", "module_name_pattern": r".*norm"})

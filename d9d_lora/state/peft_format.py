@@ -49,7 +49,7 @@ from d9d_lora.state.safetensors_write import Promise, library_order, write_safet
 from d9d_lora.targets import named
 from d9d_lora.walk import names_of_modules, reshard
 
-__all__ = ["AdapterError", "Collected", "collect", "load_adapter_weights", "method_of", "read_adapter_config", "save_adapter"]
+__all__ = ["AdapterError", "Collected", "collect", "holds_all", "load_adapter_weights", "method_of", "read_adapter_config", "save_adapter"]
 
 _OURS = {CONFIG, WEIGHTS, CARD}  # a directory with anything else in it is not ours to replace
 
@@ -217,6 +217,15 @@ def _trained(model: nn.Module) -> _Trained:
         tensors |= _all_of(clear, path, m)
     beside = [Entry(key, name, (t,), tuple(t.shape)) for key, (name, t) in sorted(tensors.items())]
     return _Trained(dialect, layers, beside, mode, sorted(whole))
+
+
+def holds_all(model: nn.Module) -> bool:
+    """Whether a PEFT directory can hold what is trained of this model: its adapters, and all beside them."""
+    try:
+        _trained(model)
+    except AdapterError:
+        return False
+    return True
 
 
 def _is_shared(m: nn.Module, layers: Iterable[AdaptedLayer]) -> bool:

@@ -35,8 +35,7 @@ from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpo
 from d9d_lora.state.mappers import ModelStateMapperParallel
 from d9d_lora.state.names import clean
 from d9d_lora.state.native_format import save_trained
-from d9d_lora.state.peft_format import save_adapter
-from d9d_lora.state.peft_kinds import holds
+from d9d_lora.state.peft_format import holds_all, save_adapter
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.train import model as models
 from d9d_lora.train.batches import Batches, MicroBatch, shift_labels, sweep
@@ -130,12 +129,12 @@ class Trainer:
             models.apply_tensor_parallel(self.base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
         result_of = _Remember(self.method)
         mapper = inject_peft_and_freeze(result_of, self.model)  # type: ignore[arg-type]
-        if not holds(adapted_layers(self.model)) and any(layer.delta.moves_base for layer in adapted_layers(self.model)):
+        if not holds_all(self.model) and any(layer.delta.moves_base for layer in adapted_layers(self.model)):
             raise ValueError(
                 "peft: a start that moves the base weight (pissa, olora, corda) is saved as a PEFT directory, which does not hold every "
                 "method or layer of this config; choose another init_lora_weights"
             )
-        check_exports(config.export, self.model, self.base.directory, held=holds(adapted_layers(self.model)))
+        check_exports(config.export, self.model, self.base.directory, held=holds_all(self.model))
         whole = self._in_fp32()
         self.autocast = whole and self.dtype == torch.bfloat16
         self.census = census(self.model, world.parallel.dp_shard)
@@ -456,7 +455,7 @@ class Trainer:
 
     def _write_adapter(self, path: Path) -> None:
         """PEFT's directory where PEFT has the method, else our own; either is read back and compared before it counts."""
-        if holds(adapted_layers(self.model)):
+        if holds_all(self.model):
             save_adapter(self.model, path, base=self.config.model.path)
         else:
             save_trained(self.method.compact(self.model, dict(self.params)), self.config.peft, path)
