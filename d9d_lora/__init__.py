@@ -38,6 +38,7 @@ from d9d_lora.state.mappers import (
     ModelStateMapperSequential,
     StateGroup,
 )
+from d9d_lora.state.merge_live import save_merged
 
 __all__ = [
     "FullTune",
@@ -70,6 +71,7 @@ __all__ = [
     "only_adapter",
     "peft_method_from_config",
     "save_adapter",
+    "save_merged",
     "set_adapter",
     "total_parameter_count",
     "trainable_parameter_count",

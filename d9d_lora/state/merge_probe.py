@@ -47,9 +47,9 @@ class Gap:
 
     def __str__(self) -> str:
         return (
-            f"logits of the merged model ({self.dtype}) differ from base and adapter by up to {self.largest:.3g}, by {self.mean:.3g} in the "
-            f"mean ({self.tokens} tokens; the largest logit is {self.logit:.3g}, the adapter moves one by {self.adapter:.3g}); the "
-            f"likeliest token is the same after {100 * self.agree:.1f} %"
+            f"logits of the merged model ({self.dtype}) differ from those of base and adapter by up to {self.largest:.3g}, in the mean by "
+            f"{self.mean:.3g}; the likeliest token is the same after {100 * self.agree:.1f} % of {self.tokens} tokens. (The adapter moves "
+            f"a logit by up to {self.adapter:.3g}, and the largest is {self.logit:.3g}.)"
         )
 
 
