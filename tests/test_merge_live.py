@@ -19,7 +19,8 @@ from d9d_lora.state.peft_format import save_adapter
 from d9d_lora.state.peft_kinds import holds
 from d9d_lora.walk import adapted_layers
 from tests.catalogue import EVERY_CELL, LAYERS, LAYOUTS, METHODS, build
-from tests.parity.test_peft_format import base, logits, stir
+from tests.parity.test_peft_format import logits, stir
+from tests.parity.test_peft_kinds import model_of
 from tests.test_laws import backward, make, wake
 
 MODEL = "model.safetensors"
@@ -173,18 +174,25 @@ def test_a_failure_of_one_rank_is_an_error_on_every_rank(pool, tmp_path, what):
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_hugging_face_model_loads_with_and_without_its_base(tmp_path, tied):
-    """Named and cut as the base; without it, as Hugging Face would. A tied head is written once."""
-    model = base("gpt2" if tied else "llama")
+HUGGING_FACE = {
+    "gpt2": ({"target_modules": ["c_attn"]}, 2),
+    "llama": ({"target_modules": ["q_proj", "embed_tokens"]}, 3),
+    "tied": ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, 3),
+}
+
+
+@pytest.mark.parametrize("kind", HUGGING_FACE)
+def test_a_hugging_face_model_loads_with_and_without_its_base(tmp_path, kind):
+    """Named and cut as the base; without it, as Hugging Face would. A tied head is written once, with or without an adapter."""
+    config, merged = HUGGING_FACE[kind]
+    model = model_of(kind)
     model.save_pretrained(tmp_path / "base", max_shard_size="12KB")
-    names = ["c_attn"] if tied else ["q_proj", "embed_tokens"]
-    inject_peft_and_freeze(peft_method_from_config({"kind": "lora", "target_modules": names, "params": {"r": 4, "alpha": 6}}), model)
+    inject_peft_and_freeze(peft_method_from_config({"kind": "lora", **config, "params": {"r": 4, "alpha": 6}}), model)
     stir(model)
     save_adapter(model, tmp_path / "adapter")
     merge_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "files")
     report = save_merged(model, tmp_path / "live", base=tmp_path / "base")
-    assert (report.merged, report.replaced) == (2 if tied else 3, 0)
+    assert (report.merged, report.replaced) == (merged, 0)
     for file in (tmp_path / "files").iterdir():
         assert file.read_bytes() == (tmp_path / "live" / file.name).read_bytes(), file.name
     save_merged(model, tmp_path / "own", max_shard_size=12_000)
