@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
+from d9d_lora.state.checkpoint import _collide
+from d9d_lora.state.safetensors_dir import CheckpointError, open_checkpoint
 from tests.fuzz import CONFIG, KINDS, METHOD, OURS, THOROUGH, WEIGHTS, attempt, campaign, copy, model, snapshot
 
 OUR_WEIGHTS, INDEX, DONE = "weights.safetensors", "model.safetensors.index.json", "step_00000003/COMPLETE"
@@ -161,6 +164,15 @@ def test_huge_files_cost_nothing(refused):
         assert "header would be 9223372036854775808 bytes" in refused(kind, file, lambda path: grow(path, 2**63))
     assert time.monotonic() - started < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+
+
+def test_a_header_of_brackets_is_not_parsed(tmp_path):
+    """A megabyte of `[],` would be seventy of lists."""
+    path = tmp_path / "x.safetensors"
+    text = b'{"a":[' + b"[]," * 2_000_000 + b"[]]}"
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(CheckpointError, match="hardly anything but brackets"):
+        open_checkpoint(path)
 
 
 # -- what a header can say --------------------------------------------------------------------------------------------------------------
@@ -334,8 +346,6 @@ def test_tensors(refused, case):
 
 def test_a_file_that_changes_while_it_is_open(tmp_path):
     """The header was checked; what is read is compared with it."""
-    from d9d_lora.state.safetensors_dir import CheckpointError, open_checkpoint
-
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(4)}, path)
     with open_checkpoint(path) as files:
@@ -347,10 +357,6 @@ def test_a_file_that_changes_while_it_is_open(tmp_path):
 
 def test_shards_that_overlap_leave_a_hole(valid, tmp_path):
     """Two shards of one place have as many elements as the tensor, and the other half of it would stay as it was."""
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
-
-    from d9d_lora.state.checkpoint import _collide
-
     def covering(*boxes):
         chunks = [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size in boxes]
         return not _collide(TensorStorageMetadata(TensorProperties(dtype=torch.float32), torch.Size([4, 4]), chunks))

@@ -84,6 +84,8 @@ def parse_json(text: bytes, where: str, error: type[ValueError] = CheckpointErro
             raise error(f"{where}: the key {shown(twice)} stands there twice. {AGAIN}")
         return table
 
+    if len(text) > MAX_CONFIG and 16 * (text.count(b"[") + text.count(b"{")) > len(text):  # of a header: 3 in 50 bytes at most
+        raise error(f"{where} is not JSON as it is written for tensors: hardly anything but brackets. {AGAIN}")
     try:
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=_number, parse_float=_number)
         if b"\\u" in text:
