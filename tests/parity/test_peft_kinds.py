@@ -79,6 +79,10 @@ def model_of(kind):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, "tie_word_embeddings": True}))
         assert model.lm_head.weight is model.model.embed_tokens.weight
         return model.eval()
+    if kind == "qwen3_moe":
+        torch.manual_seed(6)
+        sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 4}
+        return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**{**SMALL, **sizes})).eval()
     return base(kind)
 
 
@@ -102,6 +106,7 @@ R = {"r": 4, "alpha": 6}
 ADA = {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 9}
 DROPS = {"r": 4, "alpha": 6}
 PATTERNS = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
+EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 TIED = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, "rank_pattern": {"embed_tokens|lm_head": 2}}
 # name -> (model, our config, PEFT's beside the targets; None: PEFT cannot make it)
 CASES = {
@@ -171,6 +176,11 @@ CASES = {
         "toy transposed",
         {"kind": "lora", "target_parameters": ["experts.down", "experts.gate_up"], "params": R},
         {"r": 4, "lora_alpha": 6, "target_parameters": ["experts.down", "experts.gate_up"], "target_modules": []},
+    ),
+    "lora, fused experts": (
+        "qwen3_moe",
+        {"kind": "lora", "target_modules": ["q_proj"], "params": R, **EXPERTS},
+        {"r": 4, "lora_alpha": 6, **EXPERTS},
     ),
     "lora, tied embeddings": (
         "tied",
