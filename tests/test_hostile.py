@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
+from d9d_lora import inject_peft_and_freeze, peft_method_from_config
+from d9d_lora.method import InjectionError
 from d9d_lora.state.checkpoint import _collide
 from d9d_lora.state.safetensors_dir import CheckpointError, open_checkpoint
 from tests.fuzz import CONFIG, KINDS, METHOD, OURS, THOROUGH, WEIGHTS, attempt, campaign, copy, model, snapshot
@@ -305,6 +307,23 @@ def test_configs_of_our_own(refused, case):
     fields, says = OWN[case]
     said = refused("our directory", METHOD, lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | fields)))
     assert re.search(says, said), said
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"kind": "lora", "params": {"r": 10**7, "alpha": 4}},
+        {"kind": "vera", "params": {"r": 10**9}},
+        {"kind": "vblora", "params": {"r": 2, "num_vectors": 10**10, "vector_length": 2}},
+    ],
+    ids=lambda config: config["kind"],
+)
+def test_an_adapter_that_would_take_the_memory_is_not_made(config):
+    m = model()
+    before = snapshot(m)
+    with pytest.raises(InjectionError, match="give a lower rank"):
+        inject_peft_and_freeze(peft_method_from_config({"target_modules": ["up", "down"]} | config), m)
+    assert snapshot(m) == before
 
 
 # -- what tensors can be -------------------------------------------------------------------------------------------------------------------
