@@ -11,6 +11,8 @@ In a plain loop the module that was injected must be the one that is called: its
 checkpointing each forward must be followed by its backward, for a recomputed block reads the clock as it stands.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -63,6 +65,21 @@ class Clock:
         return dist.get_rank() if dist.is_initialized() else 0
 
 
+class Mask(NamedTuple):
+    """What says which elements of x[..., width] are kept: columns `start` and on of a mask of `size` columns."""
+
+    now: Tensor
+    key: int
+    p: float
+    size: int
+    start: int
+
+    def draw(self, x: Tensor) -> Tensor:
+        """Booleans in the shape of x."""
+        keep: Tensor = _mask(x, *self)
+        return keep
+
+
 class AdapterDropout(nn.Module):
     """`x * mask / (1 - p)`.
 
@@ -82,8 +99,13 @@ class AdapterDropout(nn.Module):
             return x
         if self.clock is None:  # a layer that stands alone, outside any injected model
             return nn.functional.dropout(x, self.p)
+        return _drop(x, *self.mask(x))
+
+    def mask(self, x: Tensor) -> "Mask":
+        """The mask of an input, not yet drawn; needs the clock."""
+        assert self.clock is not None
         size, start = self.window or (x.shape[-1], 0)
-        return _drop(x, self.clock.now, self._key, self.p, size, start)
+        return Mask(self.clock.now, self._key, self.p, size, start)
 
     def draw(self, what: str, size: int, p: float, device: torch.device) -> Tensor:
         """`size` booleans, each True with probability 1 - p: a function of (layer name, clock, what), and of nothing else."""
@@ -116,13 +138,25 @@ def _(now: Tensor, key: int, p: float, size: int, device: torch.device) -> Tenso
     return torch.empty(size, dtype=torch.bool, device=device)
 
 
+@torch.library.custom_op("d9d_lora::mask", mutates_args=())
+def _mask(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
+    return _kept(x, now, key, p, size, start).contiguous()
+
+
+@_mask.register_fake
+def _(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
+    return torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+def _kept(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
+    rows = x.numel() // max(x.shape[-1], 1)
+    keep = torch.empty((rows, size), dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=_generator(now, key, x.device))
+    return keep[:, start : start + x.shape[-1]].reshape(x.shape)
+
+
 @torch.library.custom_op("d9d_lora::drop", mutates_args=())
 def _drop(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
-    generator = _generator(now, key, x.device)
-    rows = x.numel() // max(x.shape[-1], 1)
-    keep = torch.empty((rows, size), dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
-    keep = keep[:, start : start + x.shape[-1]].reshape(x.shape)
-    return torch.where(keep, x * (1 / (1 - p)), 0).contiguous()
+    return torch.where(_kept(x, now, key, p, size, start), x * (1 / (1 - p)), 0).contiguous()
 
 
 @_drop.register_fake

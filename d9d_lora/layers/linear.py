@@ -1,13 +1,18 @@
 """y = x W^T + b + drop(x) dW^T, with W[O,I] (`nn.Linear`) or stored transposed, [I,O] (GPT-2's `Conv1D`)."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn.functional import linear
 
-from d9d_lora.layers.base import AdaptedLayer, refuses_weight
+from d9d_lora.layers.among import Work
+from d9d_lora.layers.base import HOOKS, AdaptedLayer, refuses_weight
+from d9d_lora.layers.fused import Restore, as_it_is, fused
 from d9d_lora.methods.delta import Parts
 
 
@@ -33,7 +38,8 @@ class AdaptedLinear(AdaptedLayer):
         if (other := self.stand_in()) is not None:
             return other(x)  # type: ignore[no-any-return]
         self.refuse_unstarted()
-        if self.placing.mesh is None and not self.has_gain_at_work():
+        fuse = self.fuses(x)
+        if self.placing.mesh is None and not fuse and not self.has_gain_at_work():
             return self.plus_updates(self.base(x), x, x.dtype)
         wanted: Placement | None = {"O": Replicate(), "I": Shard(x.ndim - 1), None: None}[self.placing.letter]
         h, parts = self.placing.enter(x, wanted, self.name)
@@ -42,9 +48,11 @@ class AdaptedLinear(AdaptedLayer):
         bias = self.bias_here(parts=parts)
         if self.has_gain_at_work():
             f = self.parts(h.dtype, parts=parts)
-            y = self.product(h) + self.update(h, f)
+            y = self.fused(h, None, f) if fuse else self.product(h) + self.update(h, f)
             y = (y * self.gain(f)).to(y.dtype)
             y = y if bias is None else y + bias
+        elif fuse:
+            y = self.fused(h, bias, self.parts(h.dtype, parts=parts))
         else:
             y = self.plus_updates(self.product(h, bias), h, h.dtype, parts=parts)
         return self.placing.leave(y, x, self.out_size)
@@ -52,6 +60,31 @@ class AdaptedLinear(AdaptedLayer):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b on this rank's part."""
         return linear(x, self.weight_here(), bias)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether base and update can be one step of autograd: one thin update beside a frozen base that is called as its class is."""
+        if not self.delta.thin or self.delta.has_shift or self.at_work() != [Work(self)] or torch.is_autocast_enabled(x.device.type):
+            return False
+        if self.training and self.dropout.p and self.dropout.clock is None:
+            return False
+        plain = type(self.base).forward is self.plain_forward() and not any(getattr(self.base, hooks) for hooks in HOOKS)
+        return plain and not self.base.weight.requires_grad  # type: ignore[union-attr]
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Any]:
+        """The forward that `product` stands in for."""
+        return nn.Linear.forward
+
+    def fused(self, x: Tensor, bias: Tensor | None, f: Parts) -> Tensor:
+        """x W^T + b + drop(x) dW^T on this rank's part."""
+        B, A = self.delta.factors(f)
+        weight, restore = self.weight_to_restore(x.dtype)
+        mask = f.dropout.mask(x) if f.dropout is not None and f.dropout.p else None
+        return fused(x, weight, bias, A, B, self.delta.scaling, mask, restore)
+
+    def weight_to_restore(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Restore]:
+        """What the weight here is made of, and how it is made whole."""
+        return (self.weight_here(),), as_it_is
 
     def update(self, x: Tensor, f: Parts) -> Tensor:
         """drop(x) dW^T on this rank's part, in the dtype of x."""
@@ -79,3 +112,7 @@ class AdaptedConv1D(AdaptedLinear):
     def fits(cls, module: nn.Module) -> bool:
         host = sys.modules.get("transformers.pytorch_utils")  # a model with such a layer has imported it
         return host is not None and isinstance(module, host.Conv1D)
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Any]:
+        return sys.modules["transformers.pytorch_utils"].Conv1D.forward  # type: ignore[no-any-return]

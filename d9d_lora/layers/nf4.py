@@ -6,6 +6,8 @@ A merge would give Q + dW, which four bits do not hold. So it is refused unless 
 puts a plain `nn.Linear` of the layer's dtype in the place. The packed layer is kept as it is, so undoing is exact.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +18,11 @@ from torch.distributed.tensor import DTensor
 
 from d9d_lora.init.loftq import loftq
 from d9d_lora.layers.base import HOOKS, Fold
+from d9d_lora.layers.fused import Restore
 from d9d_lora.layers.linear import AdaptedLinear
-from d9d_lora.methods.delta import DoesNotFit, Geometry
+from d9d_lora.methods.delta import DoesNotFit, Geometry, Parts
 from d9d_lora.placement import at_least_fp32, box_of, local_of
-from d9d_lora.quant.linear import NF4Linear
+from d9d_lora.quant.linear import NF4Linear, restored
 from d9d_lora.thin import Thin
 
 
@@ -64,6 +67,17 @@ class AdaptedNF4Linear(AdaptedLinear):
         if not isinstance(self.base, NF4Linear):
             return super().thin()
         return Thin(self.base.outline(), "OI", self.base.unpacked_here(at_least_fp32(torch.empty(0, dtype=self.base.dtype)).dtype))
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Any]:
+        return NF4Linear.forward
+
+    def weight_to_restore(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Restore]:
+        return tuple(self.base.packed_here()), partial(restored, self.base.columns_here(), self.base.block, dtype)
+
+    def fused(self, x: Tensor, bias: Tensor | None, f: Parts) -> Tensor:
+        y = super().fused(x, None, f)
+        return y if bias is None else y + bias.to(y.dtype)  # as `product`: the same rounding as of the bare layer
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = self.base.product(x)

@@ -122,6 +122,7 @@ class AdaLoRADelta(Delta):
     dropout: float = 0.0
     params: AdaLoRAParameters | None = field(default=None, compare=False, repr=False)  # the schedule, for a file
     kind = "adalora"
+    thin = True
     axes = {"lora_A": "RI", "lora_E": "R1", "lora_B": "OR"}
 
     @property

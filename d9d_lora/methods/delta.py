@@ -85,6 +85,8 @@ class Delta(ABC):
     moves_base: bool = False
     """Whether the start is subtracted from the base weight, so that the model is unchanged (PiSSA and its kin)."""
 
+    thin: bool = False
+    """Whether the update is x -> s x A^T B^T with `factors` of few rows, and nothing else: it may then be fused with the base's product."""
     loftq_iter: int = 0
     """How often LoftQ alternates, if `lora_A` and `lora_B` start from the error of a quantised base (`init/loftq.py`)."""
 

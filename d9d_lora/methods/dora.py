@@ -37,6 +37,10 @@ class DoRADelta(Around):
         return self.low.moves_base
 
     @property
+    def thin(self) -> bool:  # type: ignore[override]
+        return self.low.thin
+
+    @property
     def loftq_iter(self) -> int:  # type: ignore[override]
         return self.low.loftq_iter
 

@@ -157,6 +157,7 @@ class LoRADelta(Delta):
     loftq_iter: int = 0
     given: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # factors that a survey of the data has found
     kind = "lora"
+    thin = True
 
     @property
     def scaling(self) -> float:  # type: ignore[override]

@@ -168,6 +168,11 @@ class _Product(torch.autograd.Function):
         return (g @ W).to(ctx.dtype), None, None, None, None, None
 
 
+def restored(columns: int, block: int, dtype: torch.dtype, *packed: Tensor) -> Tensor:
+    """W of its three packed tensors, as `layers/fused.py` asks for it."""
+    return dequantise(Packed(*packed), columns, block, dtype)
+
+
 def _column_groups(W: Tensor) -> list[dist.ProcessGroup]:
     """The groups of ranks that hold other columns of the same rows."""
     if not isinstance(W, DTensor):

@@ -1,0 +1,139 @@
+"""Base and adapter as one step of autograd: the numbers of the formula, what is kept and what is computed, and when it stands back."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from d9d_lora.dropout import AdapterDropout, Clock
+from d9d_lora.layers import AdaptedLinear, fused
+from d9d_lora.measure import flops, saved_bytes
+from d9d_lora.walk import adapted_layers
+from tests.test_corners import adapt, lora
+
+N, I, O, R, S = 6, 10, 8, 3, 1.7
+
+
+def tensors(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, N // 2, I), "W": (O, I), "bias": (O,), "A": (R, I), "B": (O, R)}
+    t = {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
+    return {name: value.requires_grad_(name != "W") for name, value in t.items()}
+
+
+def mask_of(x, p=0.4):
+    dropout = AdapterDropout(p, "layer", Clock(3))
+    dropout.clock.set(1)
+    return dropout.mask(x)
+
+
+def formula(x, W, bias, A, B, keep=None, p=0.0):
+    h = x if keep is None else torch.where(keep, x, 0) / (1 - p)
+    return linear(x, W, bias) + S * (h @ A.T) @ B.T
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("frozen", [(), ("x",), ("bias",), ("A",), ("B",), ("x", "A")])
+def test_values_and_gradients_are_those_of_the_formula(dropout, frozen):
+    t = tensors()
+    for name in frozen:
+        t[name].requires_grad_(False)
+    mask = mask_of(t["x"]) if dropout else None
+    keep = mask.draw(t["x"]) if dropout else None
+    dy = torch.randn(2, N // 2, O, dtype=torch.float64)
+    wanted = [value for value in t.values() if value.requires_grad]
+    y = fused.fused(t["x"], (t["W"],), t["bias"], t["A"], t["B"], S, mask)
+    expected = formula(**t, keep=keep, p=0.4 if dropout else 0)
+    assert torch.allclose(y, expected, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(y, wanted, dy), torch.autograd.grad(expected, wanted, dy)):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_the_backward_draws_the_mask_of_its_forward_again():
+    t = tensors()
+    clock = Clock(3)
+    dropout = AdapterDropout(0.5, "layer", clock)
+    clock.set(1)
+    y = fused.fused(t["x"], (t["W"],), None, t["A"], t["B"], S, dropout.mask(t["x"]))
+    keep = dropout.mask(t["x"]).draw(t["x"])
+    clock.set(2)  # the clock has moved on
+    (dA,) = torch.autograd.grad(y.sum(), t["A"])
+    (expected,) = torch.autograd.grad(formula(**{**t, "bias": None}, keep=keep, p=0.5).sum(), t["A"])
+    assert torch.allclose(dA, expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_x_is_kept_once_for_all_its_readers_and_nothing_else_but_z(dropout):
+    model = adapt(Readers(), lora(["q", "k", "v"], params={"r": 2, "alpha": 4, "dropout": dropout}))
+    x = torch.randn(5, 16, requires_grad=True)
+    model(x)  # the clock ticks
+    kept = saved_bytes(lambda: model(x), [x, *model.parameters()])
+    time = 8 if dropout else 0
+    assert kept == 3 * (5 * 2 * 4 + time)
+    assert saved_bytes(lambda: model(x * 1), model.parameters()) == 5 * 16 * 4 + kept
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_beyond_the_frozen_layer_there_are_six_thin_products(dropout):
+    model = adapt(Readers(), lora(["q", "k", "v"], params={"r": 2, "alpha": 4, "dropout": dropout}))
+    bare = Readers().requires_grad_(False)
+    x = torch.randn(5, 16, requires_grad=True)
+    extra = flops(lambda: model(x).sum().backward()) - flops(lambda: bare(x).sum().backward())
+    assert extra == 3 * 6 * (2 * 5 * 16 * 2)
+
+
+def test_mutation_a_copy_of_x_for_each_reader_is_counted(monkeypatch):
+    model = adapt(Readers(), lora(["q", "k", "v"], params={"r": 2, "alpha": 4}))
+    monkeypatch.setattr(AdaptedLinear, "fused", lambda self, x, bias, f: linear(x, self.weight_here(), bias) + self.update(x * 1, f))
+    x = torch.randn(5, 16, requires_grad=True)
+    assert saved_bytes(lambda: model(x), [x, *model.parameters()]) > 3 * 5 * 16 * 4
+
+
+class Readers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("reason", ["its own forward", "a hook", "autocast", "a trained weight"])
+def test_a_base_that_does_more_than_its_class_is_called_as_it_is(reason):
+    model = nn.Sequential(Doubled(4, 4) if reason == "its own forward" else nn.Linear(4, 4))
+    adapt(model, lora(["0"]))
+    (layer,) = adapted_layers(model)
+    with torch.no_grad():
+        layer.factor("lora_B").normal_()
+    if reason == "a hook":
+        layer.base.register_forward_hook(lambda m, args, y: 2 * y)
+    if reason == "a trained weight":
+        layer.base.weight.requires_grad_()
+    x = torch.randn(3, 4)
+    with torch.autocast("cpu", enabled=reason == "autocast"):
+        assert not layer.fuses(x)
+        y = model(x)
+    expected = layer.base(x) + layer.update(x, layer.parts(x.dtype, parts=False))
+    assert torch.allclose(y.float(), expected, atol=0.1 if reason == "autocast" else 1e-6)
+    if reason == "a trained weight":
+        y.sum().backward()
+        assert layer.base.weight.grad is not None
+
+
+def test_a_compiled_step_is_the_same_step():
+    model = adapt(Readers(), lora(["q", "k", "v"], params={"r": 2, "alpha": 4, "dropout": 0.3}))
+    for layer in adapted_layers(model):
+        nn.init.normal_(layer.factor("lora_B"))
+    x = torch.randn(5, 16)
+    grads = []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        next(adapted_layers(model)).dropout.clock.set(7)
+        model.zero_grad()
+        run(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
