@@ -1,0 +1,325 @@
+"""What an adapter costs beside the frozen layers it adapts: ours, its peers, and the floor, in the same run on the same weights.
+
+    python launch/bench.py                                   a few rows, some minutes
+    python launch/bench.py shapes=8b ranks=8,16,64,256 dtypes=float32,bfloat16 dropouts=0,0.05 targets=all,qv output=docs
+
+The floor is the same block with its base frozen and no adapter: forward, and the backward for its input alone. Steps are timed in
+turn, one of each contender after another, and a ratio is of two steps of the same turn. Counts are exact.
+"""
+
+import copy
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d9d_lora import inject_peft_and_freeze, peft_method_from_config
+from d9d_lora.keyvalue import Key, UsageError, run
+from d9d_lora.measure import flops, saved_bytes
+
+KEYS = {
+    "shapes": Key("linear (one 4096 x 4096 layer), smollm2, 8b: one decoder block of that shape", "linear,smollm2"),
+    "ranks": Key("ranks", "16"),
+    "dtypes": Key("of the base: float32, bfloat16", "float32,bfloat16"),
+    "dropouts": Key("dropout on the adapter's input", "0,0.05"),
+    "targets": Key("all linear layers, or qv", "all"),
+    "tokens": Key("tokens of a step", "1024"),
+    "turns": Key("timed steps of each contender", "7"),
+    "contenders": Key("names, comma-separated; without it all whose package is installed", ""),
+    "device": Key("where", "cuda" if torch.cuda.is_available() else "cpu"),
+    "output": Key("folder for benchmarks.md and benchmarks.svg; without it nothing is written", ""),
+}
+SHAPES = {"smollm2": (576, 1536, 9, 3), "8b": (4096, 14336, 32, 8)}  # hidden, feed-forward, heads, key-value heads
+PEFT = "peft"
+QV = ("q_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Setting:
+    shape: str
+    rank: int
+    dtype: str
+    dropout: float
+    targets: str
+
+    def wants(self, name: str) -> bool:
+        return self.targets == "all" or name.rpartition(".")[2] in QV
+
+
+class Block(nn.Module):
+    """One decoder layer, or one linear layer, from hidden states to hidden states."""
+
+    def __init__(self, shape: str, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        if shape == "linear":
+            self.size = 4096
+            self.layer: nn.Module = nn.Sequential()
+            self.layer.add_module("q_proj", nn.Linear(4096, 4096, bias=False))
+            return
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+        hidden, inner, heads, kv = SHAPES[shape]
+        config = LlamaConfig(
+            hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv, attn_implementation="sdpa"
+        )
+        self.size = hidden
+        self.layer = LlamaDecoderLayer(config, 0)
+        self.rotary = LlamaRotaryEmbedding(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.layer, nn.Sequential):
+            return self.layer(x)  # type: ignore[no-any-return]
+        angles = self.rotary(x, torch.arange(x.shape[1], device=x.device)[None])
+        y = self.layer(x, position_embeddings=angles, attention_mask=None)
+        return y[0] if isinstance(y, tuple) else y
+
+
+# -- contenders: each puts adapters into a block that shares the base weights ------------------------------------------------------
+
+
+def floor(block: nn.Module, s: Setting) -> nn.Module:
+    return block
+
+
+def ours(block: nn.Module, s: Setting, **params: Any) -> nn.Module:
+    params |= {"r": s.rank, "alpha": 2 * s.rank, "dropout": s.dropout}
+    inject_peft_and_freeze(peft_method_from_config({"kind": "lora", "target_modules": targets(block, s), "params": params}), block)
+    return block
+
+
+def ours_dora(block: nn.Module, s: Setting) -> nn.Module:
+    return ours(block, s, use_dora=True)
+
+
+def peft(block: nn.Module, s: Setting, **params: Any) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=s.rank, lora_alpha=2 * s.rank, lora_dropout=s.dropout, target_modules=targets(block, s), **params)
+    return get_peft_model(block, config)  # type: ignore[arg-type]
+
+
+def peft_dora(block: nn.Module, s: Setting) -> nn.Module:
+    return peft(block, s, use_dora=True)
+
+
+def loralib(block: nn.Module, s: Setting) -> nn.Module:
+    import loralib as lora
+
+    def adapted(base: nn.Linear) -> nn.Module:
+        layer = lora.Linear(
+            base.in_features, base.out_features, r=s.rank, lora_alpha=2 * s.rank, lora_dropout=s.dropout, bias=False, merge_weights=False
+        )
+        layer = layer.to(device=base.weight.device, dtype=base.weight.dtype)
+        layer.weight = base.weight
+        return layer
+
+    return replaced(block, s, adapted)
+
+
+def d9d(block: nn.Module, s: Setting) -> nn.Module:
+    from d9d.peft.lora.config import LoRAParameters
+    from d9d.peft.lora.layer import LoRALinear
+
+    return replaced(block, s, lambda base: LoRALinear(base, LoRAParameters(r=s.rank, alpha=2 * s.rank, dropout=s.dropout)).to(base.weight))
+
+
+def torchtune(block: nn.Module, s: Setting) -> nn.Module:
+    from torchtune.modules.peft import LoRALinear
+
+    def adapted(base: nn.Linear) -> nn.Module:
+        layer = LoRALinear(base.in_features, base.out_features, rank=s.rank, alpha=2 * s.rank, dropout=s.dropout).to(base.weight)
+        layer.weight = base.weight
+        return layer  # type: ignore[no-any-return]
+
+    return replaced(block, s, adapted)
+
+
+CONTENDERS: dict[str, Callable[[nn.Module, Setting], nn.Module]] = {
+    "floor": floor,
+    "d9d_lora": ours,
+    "peft": peft,
+    "loralib": loralib,
+    "torchtune": torchtune,
+    "d9d": d9d,
+    "d9d_lora dora": ours_dora,
+    "peft dora": peft_dora,
+}
+
+
+def targets(block: nn.Module, s: Setting) -> list[str]:
+    return [name for name, m in block.named_modules() if isinstance(m, nn.Linear) and s.wants(name)]
+
+
+def replaced(block: nn.Module, s: Setting, adapted: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    for name in targets(block, s):
+        block.set_submodule(name, adapted(block.get_submodule(name)))  # type: ignore[arg-type]
+    for name, p in block.named_parameters():
+        p.requires_grad_("lora_" in name)
+    return block
+
+
+def sharing(block: nn.Module) -> nn.Module:
+    """A copy with modules of its own and the same weights."""
+    return copy.deepcopy(block, {id(p): p for p in block.parameters()})
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    setting: Setting
+    name: str
+    ratios: list[float]  # to the floor, by turn
+    to_peft: list[float]
+    saved: int  # bytes beyond the floor
+    extra: int  # FLOPs beyond the floor
+
+
+def measure(s: Setting, names: list[str], tokens: int, turns: int, device: torch.device) -> Iterator[Row]:
+    torch.manual_seed(0)
+    base = Block(s.shape, tokens).to(device, getattr(torch, s.dtype)).requires_grad_(False).train()
+    x = torch.randn(1, tokens, base.size, device=device, dtype=getattr(torch, s.dtype), requires_grad=True)
+    dy = torch.randn_like(x)
+    models = {name: CONTENDERS[name](sharing(base), s).train() for name in names}
+    known = [p for m in models.values() for p in m.parameters()]
+    saved, work = {}, {}
+    for name, model in models.items():
+        wake(model)
+        saved[name] = saved_bytes(lambda: model(x), [*known, *model.buffers()])  # noqa: B023
+        work[name] = flops(lambda: step(model, x, dy))  # noqa: B023
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-1, turns):  # the first is not counted
+        order = names[turn % len(names) :] + names[: turn % len(names)]
+        for name in order:
+            seconds = timed(lambda: step(models[name], x, dy), device)  # noqa: B023
+            if turn >= 0:
+                times[name].append(seconds)
+    for name in names:
+        ratios, to_peft = ([a / b for a, b in zip(times[name], times[other])] for other in ("floor", PEFT if PEFT in names else "floor"))
+        yield Row(s, name, ratios, to_peft, saved[name] - saved["floor"], work[name] - work["floor"])
+
+
+def wake(model: nn.Module) -> None:
+    """B away from zero, or its products might be told from others."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and "lora_B" in name:
+                p.normal_(std=0.01)
+
+
+def step(model: nn.Module, x: Tensor, dy: Tensor) -> None:
+    model(x).backward(dy)
+    for p in [x, *model.parameters()]:
+        p.grad = None
+
+
+def timed(act: Callable[[], None], device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    start = time.perf_counter()
+    act()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def six_products(s: Setting, tokens: int) -> int:
+    """The FLOPs that LoRA cannot do without."""
+    hidden, inner, heads, kv = SHAPES.get(s.shape, (4096, 0, 1, 1))
+    narrow = hidden // heads * kv
+    layers = {"q_proj": hidden, "k_proj": narrow, "v_proj": narrow, "o_proj": hidden}  # of the other side: hidden
+    layers |= {"gate_proj": inner, "up_proj": inner, "down_proj": inner} if s.shape != "linear" else {}
+    chosen = ["q_proj"] if s.shape == "linear" else [name for name in layers if s.wants(name)]
+    return sum(3 * 2 * tokens * s.rank * (hidden + layers[name]) for name in chosen)
+
+
+# -- telling -----------------------------------------------------------------------------------------------------------------------
+
+
+def spread(ratios: list[float]) -> str:
+    if len(ratios) < 4:
+        return f"{statistics.median(ratios):.3f}"
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def line(row: Row, tokens: int) -> str:
+    s = row.setting
+    extra = f"{row.extra / six_products(s, tokens):.2f}"
+    cells = [s.shape, s.targets, str(s.rank), s.dtype, f"{s.dropout:g}", row.name, spread(row.ratios), spread(row.to_peft)]
+    return "| " + " | ".join([*cells, f"{row.saved / 2**20:.2f}", extra]) + " |"
+
+
+HEAD = """| block | targets | r | base | dropout | | step / floor | step / PEFT | MiB saved over it | FLOPs over it, six products = 1 |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def main(arguments: dict[str, str]) -> None:
+    listed = {key: arguments[key].split(",") for key in ("shapes", "ranks", "dtypes", "dropouts", "targets")}
+    if unknown := [x for x in listed["shapes"] if x not in (*SHAPES, "linear")]:
+        raise UsageError(f"shapes={unknown}: expected some of linear, {', '.join(SHAPES)}")
+    tokens, turns, device = int(arguments["tokens"]), int(arguments["turns"]), torch.device(arguments["device"])
+    names = present(arguments["contenders"].split(",") if arguments["contenders"] else list(CONTENDERS))
+    rows: list[Row] = []
+    print(HEAD, flush=True)
+    for shape, where, dtype, rank, dropout in product(*(listed[k] for k in ("shapes", "targets", "dtypes", "ranks", "dropouts"))):
+        s = Setting(shape, int(rank), dtype, float(dropout), where)
+        for row in measure(s, names, tokens, turns, device):
+            rows.append(row)
+            print(line(row, tokens), flush=True)
+        gc.collect()
+    if arguments["output"]:
+        write(rows, tokens, turns, Path(arguments["output"]), device)
+
+
+def present(names: list[str]) -> list[str]:
+    """Those whose package is there; the floor always."""
+    if unknown := [n for n in names if n not in CONTENDERS]:
+        raise UsageError(f"contenders={unknown}: expected some of {', '.join(CONTENDERS)}")
+    found = ["floor"]
+    for name in names:
+        try:
+            CONTENDERS[name](nn.Sequential(nn.Linear(4, 4, bias=False).requires_grad_(False)), Setting("linear", 2, "float32", 0.0, "all"))
+        except ImportError as error:
+            print(f"without {name}: {error}", file=sys.stderr)
+        else:
+            found += [name] if name != "floor" else []
+    return found
+
+
+def write(rows: list[Row], tokens: int, turns: int, folder: Path, device: torch.device) -> None:
+    from matplotlib.figure import Figure
+
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
+    text = ["# Benchmarks", "", f"Written by `python launch/bench.py {' '.join(sys.argv[1:])}`: torch {torch.__version__}, {machine}."]
+    text += [f"A step is the forward and backward of one block with {tokens} tokens; {turns} turns; median, and quartiles in brackets.", ""]
+    text += ["![Step time over the floor](benchmarks.svg)", "", HEAD, *(line(row, tokens) for row in rows)]
+    (folder / "benchmarks.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    settings = list(dict.fromkeys(row.setting for row in rows))
+    figure = Figure(figsize=(10, 1 + 0.5 * len(settings)), layout="constrained")
+    ax = figure.subplots()
+    names = [n for n in dict.fromkeys(row.name for row in rows) if n != "floor"]
+    for k, name in enumerate(names):
+        mine = [row for row in rows if row.name == name]
+        at = [settings.index(row.setting) + 0.8 * (k + 0.5) / len(names) - 0.4 for row in mine]
+        ax.barh(at, [statistics.median(row.ratios) - 1 for row in mine], height=0.8 / len(names), label=name)
+    ax.set_yticks(range(len(settings)), [f"{s.shape} {s.targets} r={s.rank} {s.dtype} p={s.dropout:g}" for s in settings], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel("step time beyond the floor, as a share of it")
+    ax.legend(fontsize=8)
+    figure.savefig(folder / "benchmarks.svg")
+
+
+if __name__ == "__main__":
+    sys.exit(run("launch/bench.py", "Adapters beside the frozen layers they adapt.", KEYS, main))
