@@ -9,6 +9,7 @@ turn, one of each contender after another, and a ratio is of two steps of the sa
 
 import copy
 import gc
+import shlex
 import statistics
 import sys
 import time
@@ -301,8 +302,9 @@ def present(names: list[str]) -> list[str]:
 def write(rows: list[Row], tokens: int, turns: int, folder: Path, device: torch.device) -> None:
     from matplotlib.figure import Figure
 
+    told = " ".join(shlex.quote(a) for a in sys.argv[1:] if not a.startswith("output="))
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
-    text = ["# Benchmarks", "", f"Written by `python launch/bench.py {' '.join(sys.argv[1:])}`: torch {torch.__version__}, {machine}."]
+    text = ["# Benchmarks", "", f"Written by `python launch/bench.py {told}`: torch {torch.__version__}, {machine}."]
     text += [f"A step is the forward and backward of one block with {tokens} tokens; {turns} turns; median, and quartiles in brackets.", ""]
     text += ["![Step time over the floor](benchmarks.svg)", "", HEAD, *(line(row, tokens) for row in rows)]
     (folder / "benchmarks.md").write_text("\n".join(text) + "\n", encoding="utf-8")
