@@ -77,8 +77,9 @@ class Placing:
         """(start, length) of this rank's part of an axis of `size` named `letter`."""
         if self.mesh is None or letter != self.letter:
             return 0, size
-        (length,), (start,) = compute_local_shape_and_global_offset((size,), self.mesh, [Shard(0)])
-        return start, length
+        chunk = -(-size // self.mesh.size())  # as torch.chunk cuts; torch's own helper makes a tensor of it, at every forward
+        start = min(size, chunk * self.mesh.get_local_rank())
+        return start, min(chunk, size - start)
 
     def enter(self, x: Tensor, wanted: Placement | None, site: str) -> tuple[Tensor, bool]:
         """The local part of a layer's input, and whether the gradients of replicated factors are parts.

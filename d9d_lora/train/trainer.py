@@ -32,7 +32,7 @@ from d9d_lora.placement import ReplicatedSum, at_least_fp32, key_of
 from d9d_lora.registry import peft_method_from_config
 from d9d_lora.state.atomic import decided, write_text
 from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpoints
-from d9d_lora.state.mappers import ModelStateMapperParallel
+from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperParallel
 from d9d_lora.state.names import clean
 from d9d_lora.state.native_format import save_trained
 from d9d_lora.state.peft_format import holds_all, save_adapter
@@ -121,6 +121,22 @@ class Trainer:
             self.method.adopt(self.found.document.get("method", {}))
         elif self.method.surveys:
             self._survey()
+        mapper = self._outline()
+        if world.is_first:
+            show_census(self.census, self.passed_over)
+        models.materialise(self.base, world.device)
+        report = models.load(self.base, mapper, config.model)
+        if report:
+            self.tracker.say(
+                f"base: {report.tensors} tensors, {size(report.bytes_read)} read by this rank in {report.seconds:.1f} s, {self.dtype}, "
+                f"{size(models.bytes_held(self.model))} held"
+            )
+        self.method.initialise(self.model, resume=self.found is not None)
+        self._collect()
+
+    def _outline(self) -> ModelStateMapper:
+        """The model with its adapters, sharded, and its table; on meta, unless a callable made it. `plan/` rehearses on the same."""
+        config, world = self.config, self.world
         torch.manual_seed(config.train.seed)
         self.base = models.open_model(config.model, self.dtype)
         self.model: nn.Module = self.base.module
@@ -137,9 +153,7 @@ class Trainer:
         check_exports(config.export, self.model, self.base.directory, held=holds_all(self.model))
         whole = self._in_fp32()
         self.autocast = whole and self.dtype == torch.bfloat16
-        self.census = census(self.model, world.parallel.dp_shard)
-        if world.is_first:
-            show_census(self.census, result_of.passed_over)
+        self.census, self.passed_over = census(self.model, world.parallel.dp_shard), result_of.passed_over
         if world.parallel.sequence_parallel:
             lost = [la.name for la in adapted_layers(self.model) if la.placing.mesh is None]
             if lost:
@@ -151,14 +165,10 @@ class Trainer:
                 block.compile(backend=config.train.compile_backend)
         if world.mesh is not None:
             models.apply_data_parallel(self.model, world.mesh, world.parallel)
-        models.materialise(self.base, world.device)
-        report = models.load(self.base, mapper, config.model)
-        if report:
-            self.tracker.say(
-                f"base: {report.tensors} tensors, {size(report.bytes_read)} read by this rank in {report.seconds:.1f} s, {self.dtype}, "
-                f"{size(models.bytes_held(self.model))} held"
-            )
-        self.method.initialise(self.model, resume=self.found is not None)
+        return mapper
+
+    def _collect(self) -> None:
+        """What a step needs to know of the model."""
         self.params = {clean(n): p for n, p in sorted(self.model.named_parameters(), key=lambda x: clean(x[0])) if p.requires_grad}
         if not self.params:
             raise ValueError("nothing would be trained: the targets match, but every one has r = 0; give at least one layer a rank")

@@ -1,0 +1,71 @@
+"""Traffic of one microbatch, the last of a step, by formulas; an opinion of its own beside the rehearsal.
+
+    unit        a block, or all that is in none (embedding, last norm, head): what FSDP2 gathers together
+    padded(p)   ceil(d0 / dp) dp d1 d2 ... : FSDP2 cuts the first dimension, and every rank gets the same number of rows
+
+    gathers     forward: padded bytes of every unit; backward: those of the blocks (the root stays gathered)
+    scatter     padded bytes of what is trained; HSDP then sums the shards over the replicas
+    sum         the local shards of factors that tensor parallelism replicates, once a step
+    tp          forward: bsh a row-parallel layer, and the embedding; backward: bsh a parent of column-parallel layers whose input
+                has a gradient (not the first attention), and the head; b s V for the logits   [Llama's plan, without sequence parallel]
+"""
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from d9d_lora.placement import local_of
+from d9d_lora.plan.ledger import Key
+from d9d_lora.train import model as models
+
+if TYPE_CHECKING:
+    from d9d_lora.plan.rehearsal import Rehearsal
+
+
+def on_paper(rehearsal: "Rehearsal", row: int) -> Counter[Key]:
+    """Bytes by (phase, axis, kind), as the ledger counts them."""
+    world, model = rehearsal.world, rehearsal.model
+    parallel = world.parallel
+    found: Counter[Key] = Counter()
+    blocks = tuple(f"{name}." for name, _ in models.blocks_of(model))
+    for name, p in model.named_parameters():
+        if world.dp_size > 1:
+            whole = padded(p, parallel.dp_shard, parallel.tp)
+            if parallel.dp_shard > 1:
+                found["forward", "dp_shard", "all_gather"] += whole
+                found["backward", "dp_shard", "all_gather"] += whole if name.startswith(blocks) else 0
+                found["backward", "dp_shard", "reduce_scatter"] += whole if p.requires_grad else 0
+            if parallel.dp_replicate > 1:
+                found["backward", "dp_replicate", "all_reduce"] += whole // parallel.dp_shard if p.requires_grad else 0
+    if parallel.tp > 1:
+        found["sum", "tp", "all_reduce"] = sum(local_of(p).nbytes for p, _ in rehearsal.sum._parameters())
+        if not parallel.sequence_parallel:
+            found.update(_tensor_parallel(rehearsal, row))
+    return Counter({k: v for k, v in found.items() if v})
+
+
+def padded(p: Tensor, dp: int, tp: int) -> int:
+    """Bytes of a gathered parameter, within its tensor-parallel shard."""
+    shape = list(p.shape)
+    for axis, s in zip(p.device_mesh.mesh_dim_names or (), p.placements) if isinstance(p, DTensor) else ():
+        if axis == "tp" and not s.is_replicate():
+            shape[s.dim] = -(-shape[s.dim] // tp)  # type: ignore[attr-defined]
+    return -(-shape[0] // dp) * dp * math.prod(shape[1:]) * p.element_size()
+
+
+def _tensor_parallel(rehearsal: "Rehearsal", row: int) -> dict[Key, int]:
+    model, data = rehearsal.model, rehearsal.config.data
+    config = model.config
+    size = rehearsal.dtype.itemsize
+    bsh = data.micro_batch_size * row * config.hidden_size * size
+    blocks = config.num_hidden_layers
+    forward = 2 * blocks + 1
+    again = blocks if rehearsal.config.train.activation_checkpointing else 0  # early stop: the last layer of a block is not run again
+    return {
+        ("forward", "tp", "all_reduce"): forward * bsh,
+        ("backward", "tp", "all_reduce"): (2 * blocks - 1 + 1 + again) * bsh,
+        ("forward", "tp", "all_gather"): data.micro_batch_size * row * config.vocab_size * size,
+    }

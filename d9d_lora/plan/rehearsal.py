@@ -1,0 +1,260 @@
+"""The trainer's own build and step, on a fake process group: one process stands for rank 0 of any number.
+
+    meta, tensor parallel, inject, FSDP2     as in the trainer, by the trainer
+    materialise, forward, backward, the sum  on fake tensors: shapes and storages without bytes, collectives without a wire
+
+Rank 0 holds the most wherever something does not divide evenly. Equal blocks cost equally, so a deep model is rehearsed with three
+and with four of its blocks, and every number goes on along that line; where blocks differ, all of them run.
+
+[Note: what a rehearsal cannot see]
+The caching allocator's slack, workspaces of kernels, buffers of NCCL, the optimiser's temporaries, and that an accelerator may hold
+one gathered block more while it fetches the next. Attention keeps what torch's fused attention keeps on a CPU.
+"""
+
+import contextlib
+import copy
+import gc
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from d9d_lora.placement import local_of
+from d9d_lora.plan.ledger import Key, Ledger
+from d9d_lora.plan.paper import on_paper
+from d9d_lora.quant.linear import NF4Linear
+from d9d_lora.registry import peft_method_from_config
+from d9d_lora.train import model as models
+from d9d_lora.train.batches import MicroBatch, check_batch_size
+from d9d_lora.train.config import ParallelConfig, RunConfig
+from d9d_lora.train.trainer import Trainer, of_length
+from d9d_lora.train.world import MESH_AXES, World
+from d9d_lora.walk import adapted_layers, adapter_tensors
+
+BLOCKS = 3  # and one more: two points make a line, and the first and the last block may be special
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Counts:
+    """Of one step; bytes of rank 0, unless the name says `all`, which is the sum over the ranks.
+
+    Attributes:
+        base, adapters: Parameters that this rank holds: frozen, trained.
+        gradients, optimiser: Of the trained ones, between backward and step; AdamW's two averages.
+        kept: Activations that a microbatch's forward leaves for its backward.
+        unit: The largest FSDP2 unit, gathered.
+        peak: The most at any time of a step's forwards and backwards, everything above included.
+        read: From the base's files, by the dtype that the model's config names (bfloat16 if it names none).
+        micro, last: Traffic of a microbatch that only accumulates, and of the last one with the sum that follows.
+        paper: What `paper.py` says of the last one.
+    """
+
+    ranks: int
+    accumulation: int
+    tokens: int
+    base_elements: int = 0
+    adapter_elements: int = 0
+    base: int = 0
+    base_all: int = 0
+    adapters: int = 0
+    adapters_all: int = 0
+    gradients: int = 0
+    optimiser: int = 0
+    kept: int = 0
+    unit: int = 0
+    peak: int = 0
+    read: int = 0
+    read_all: int = 0
+    micro: Counter[Key] = field(default_factory=Counter)
+    last: Counter[Key] = field(default_factory=Counter)
+    paper: Counter[Key] = field(default_factory=Counter)
+
+    @property
+    def step(self) -> Counter[Key]:
+        """Traffic of an optimiser step."""
+        return Counter({k: self.last[k] + (self.accumulation - 1) * self.micro[k] for k in self.last | self.micro})
+
+    def beyond(self, other: "Counts", more: int) -> "Counts":
+        """This, and `more` times what it has more than `other`."""
+        values: dict[str, Any] = {}
+        for f in fields(self):
+            here, there = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(here, Counter):
+                values[f.name] = Counter({k: here[k] + more * (here[k] - there[k]) for k in here | there})
+            elif f.name not in ("ranks", "accumulation", "tokens"):
+                values[f.name] = here + more * (here - there)
+        return replace(self, **values)
+
+
+class Rehearsal(Trainer):
+    """A trainer without data, files and weights."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config = config.model_copy(update={"peft": of_length(config.peft, config.train.steps)})
+        self.world = world
+        self.dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+        self.found = None
+        self.pad_id = 0
+        self.method = peft_method_from_config(self._seeded(self.config.peft))
+        if self.method.surveys:
+            raise ValueError("peft: ranks of a start from data (eva, corda) follow from the data; plan with init_lora_weights=true")
+        if config.train.compile:
+            raise ValueError("a compiled run cannot be rehearsed; plan with train.compile=false, of which it needs no more")
+        self._outline()
+        if any(isinstance(m, NF4Linear) for m in self.model.modules()):
+            raise ValueError("model.quantise: a base in four bits cannot be rehearsed yet; plan without it, for all but the base")
+
+    def count(self, row: int) -> Counts:
+        """One step of rows of `row` tokens."""
+        data, world = self.config.data, self.world
+        check_batch_size(data.batch_size, data.micro_batch_size, world.dp_size)
+        accumulation = data.batch_size // (data.micro_batch_size * world.dp_size)
+        counts = Counts(world.size, accumulation, data.batch_size * row)
+        with _fake(packed=data.packing):
+            models.materialise(self.base, CPU)
+            for layer in adapted_layers(self.model):
+                layer.started = True  # without values: there are none here
+                if layer.delta.moves_base:
+                    layer.origin = layer.blank_origin()
+            self._collect()
+            self.cuts_logits = False  # which positions have a target is not known here: all of them
+            self.model.train()
+            self._hold(counts)
+            with Ledger(world.mesh) as ledger:
+                for _ in range(2):  # the first step teaches the ledger which storages FSDP2 takes and gives back
+                    self.model.zero_grad(set_to_none=True)
+                    gc.collect()  # what the step before left in cycles would be freed in the midst of this one
+                    ledger.mark()
+                    before = ledger.live
+                    for last in (False, True) if accumulation > 1 else (True,):
+                        ledger.traffic.clear()
+                        counts.kept = self._microbatch(ledger, row, last)
+                        setattr(counts, "last" if last else "micro", Counter(ledger.traffic))
+                    counts.unit, counts.peak = ledger.largest, ledger.peak - before
+            counts.gradients = sum(bytes_of(p.grad) for p in self.params.values() if p.grad is not None)
+        counts.peak += counts.base + counts.adapters + counts.optimiser
+        counts.paper = on_paper(self, row)
+        return counts
+
+    def _microbatch(self, ledger: Ledger, row: int, last: bool) -> int:
+        """As in `Trainer.train_step`; the bytes that the forward keeps, what FSDP2 has gathered apart."""
+        for m in self.fsdp:
+            m.set_requires_gradient_sync(last, recurse=False)
+        ids = torch.zeros(self.config.data.micro_batch_size, row, dtype=torch.int64)
+        positions = torch.arange(row).expand_as(ids)
+        before = ledger.live - ledger.gathered
+        ledger.phase = "forward"
+        loss, _, _ = self.loss(MicroBatch(ids, ids, positions, 0, 0, packed=self.config.data.packing))
+        kept = ledger.live - ledger.gathered - before
+        ledger.phase = "backward"
+        (loss / 1).backward()
+        if last:
+            ledger.phase = "sum"
+            self.sum.reduce()
+        return kept
+
+    def _hold(self, counts: Counts) -> None:
+        """What is there all the time."""
+        own = adapter_tensors(self.model)
+        base = [p for n, p in self.model.named_parameters() if n not in own and not p.requires_grad]
+        trained = [*self.params.values(), *self.method.state(self.model).values()]
+        counts.base, counts.adapters = sum(map(bytes_of, base)), sum(map(bytes_of, trained))
+        counts.base_all, counts.adapters_all = (sum(copies(p, self.world) * p.nbytes for p in ps) for ps in (base, trained))
+        counts.base_elements = sum(p.numel() for n, p in self.model.named_parameters() if n not in own)
+        counts.adapter_elements = sum(p.numel() for p in self.params.values())
+        counts.optimiser = 2 * sum(map(bytes_of, self.params.values()))
+        read = [p for n, p in self.model.named_parameters() if n not in own]  # once what is tied: files hold it once
+        counts.read, counts.read_all = sum(local_of(p).numel() for p in read), sum(copies(p, self.world) * p.numel() for p in read)
+
+
+def bytes_of(p: Tensor) -> int:
+    return local_of(p).nbytes
+
+
+def copies(p: Tensor, world: World) -> int:
+    """How many ranks hold each element of a tensor."""
+    if not isinstance(p, DTensor):
+        return world.size
+    return world.size // math.prod(p.device_mesh.size(i) for i, s in enumerate(p.placements) if not s.is_replicate())
+
+
+@contextlib.contextmanager
+def _fake(*, packed: bool) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if not packed:
+            # On fake tensors transformers takes every row for a packed one and builds a mask, which a real run does without.
+            stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+@contextlib.contextmanager
+def fake_world(size: int, parallel: ParallelConfig) -> Iterator[World]:
+    """This process as rank 0 of `size`."""
+    parallel = parallel.resolved(size)
+    if dist.is_initialized():
+        raise RuntimeError("a rehearsal makes a process group of its own, and this process is in one already; plan in one process")
+    if size == 1:
+        yield World(0, 1, CPU, parallel, None)
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        shape = (parallel.dp_replicate, parallel.dp_shard, parallel.tp)
+        yield World(0, size, CPU, parallel, init_device_mesh("cpu", shape, mesh_dim_names=MESH_AXES))
+    finally:
+        dist.destroy_process_group()
+
+
+# -- depth ----------------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def of_shape(config: RunConfig, shape: Any, blocks: int | None = None) -> Iterator[RunConfig]:
+    """The config with a model of this Hugging Face config, and of so many blocks. None: the model is a callable of the user's."""
+    if shape is None:
+        yield config
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        shape = copy.deepcopy(shape)
+        if blocks is not None:
+            shape.num_hidden_layers = blocks
+            if getattr(shape, "layer_types", None):
+                shape.layer_types = shape.layer_types[:blocks]
+        shape.save_pretrained(directory)
+        yield config.model_copy(update={"model": config.model.model_copy(update={"path": directory})})
+
+
+def depth_of(config: RunConfig, shape: Any) -> int | None:
+    """The number of blocks, where all cost the same and there are enough of them to go by a few; else None."""
+    depth = getattr(shape, "num_hidden_layers", None)
+    mixed = len(set(getattr(shape, "layer_types", None) or ())) > 1
+    if depth is None or depth <= BLOCKS + 1 or mixed or shape.get_text_config() is not shape:
+        return None
+    with of_shape(config, shape) as whole:
+        blocks = models.blocks_of(Rehearsal(whole, World(0, 1, CPU, ParallelConfig(dp_shard=1), None)).model)  # type: ignore[call-arg]
+    kinds = {tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in b.named_parameters()) for _, b in blocks}
+    return depth if len(blocks) == depth and len(kinds) == 1 else None
+
+
+def rehearse(config: RunConfig, shape: Any, size: int, row: int, depth: int | None) -> Counts:
+    """Counts of one step on `size` ranks; `depth` is what `depth_of` says, or None to run every block."""
+
+    def counted(blocks: int | None) -> Counts:
+        with of_shape(config, shape, blocks) as shallow, fake_world(size, config.parallel) as world:
+            return Rehearsal(shallow, world).count(row)
+
+    found = counted(None) if depth is None else counted(BLOCKS + 1).beyond(counted(BLOCKS), depth - BLOCKS - 1)
+    stored: torch.dtype = getattr(shape, "dtype", None) or torch.bfloat16
+    return replace(found, read=found.read * stored.itemsize, read_all=found.read_all * stored.itemsize)

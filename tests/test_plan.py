@@ -1,0 +1,145 @@
+"""A plan is what a run then costs: rehearsals on fake ranks against the trainer on real ones, byte for byte."""
+
+import gc
+import json
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from d9d_lora.placement import local_of
+from d9d_lora.plan.ledger import Ledger
+from d9d_lora.plan.main import main
+from d9d_lora.plan.rehearsal import depth_of, rehearse
+from d9d_lora.train import model as models
+from d9d_lora.train.batches import MicroBatch
+from d9d_lora.train.trainer import Trainer
+from d9d_lora.train.world import device_of, join
+from tests.small_run import config_of, make_assets
+
+ROW = 24
+LAYOUTS = {
+    "hsdp2x2": (4, {"parallel__dp_replicate": 2}),
+    "tp2_sp": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
+    "fsdp2_tp2": (4, {"parallel__tp": 2}),
+    "fsdp2_tp2_recomputed": (4, {"parallel__tp": 2, "train__activation_checkpointing": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    return make_assets(tmp_path_factory.mktemp("assets"))
+
+
+def really(rank, assets, output, overrides):
+    """What the plan tells, counted in the second step of a real trainer."""
+    config = config_of(assets, output, **overrides)
+    world = join(device_of("cpu"), config.parallel, 60)
+    reports, load = [], models.load
+    with mock.patch.object(models, "load", lambda *args: reports.append(load(*args))):
+        trainer = Trainer(config, world)
+    found = {"read": reports[0].bytes_read}
+    ids = torch.zeros(config.data.micro_batch_size, ROW, dtype=torch.int64)
+    batch = MicroBatch(ids, ids, torch.arange(ROW).expand_as(ids), 0, 0, tokens=ids.numel())
+    trainer.batches.step = lambda consumed: [batch] * trainer.batches.accumulation
+    trainer.cuts_logits = False
+    with Ledger(world.mesh) as ledger:
+        loss, reduce = trainer.loss, trainer.sum.reduce
+
+        def forward(batch):
+            ledger.phase, before = "forward", ledger.live - ledger.gathered
+            result = loss(batch)
+            found["kept"] = ledger.live - ledger.gathered - before
+            ledger.phase = "backward"
+            return result
+
+        def together():
+            ledger.phase = "sum"
+            reduce()
+            found["gradients"] = sum(local_of(p.grad).nbytes for p in trainer.params.values())
+            found["peak"], found["unit"] = ledger.peak - start, ledger.largest
+            ledger.phase = "after"
+
+        trainer.loss, trainer.sum.reduce = forward, together
+        for _ in range(2):
+            gc.collect()
+            ledger.mark()
+            start = ledger.live
+            trainer.train_step()
+    trained = list(trainer.params.values())
+    frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
+    found["optimiser"] = sum(local_of(t).nbytes for p in trained for k, t in trainer.optimiser.state[p].items() if k != "step")
+    found["adapters"], found["base"] = (sum(local_of(p).nbytes for p in ps) for ps in (trained, frozen))
+    found["peak"] += found["base"] + found["adapters"] + found["optimiser"]
+    found["step"] = Counter({k: v for k, v in ledger.traffic.items() if k[0] != "after"})
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rehearsal_counts_what_a_real_run_does(pool, assets, tmp_path, layout):
+    world, overrides = LAYOUTS[layout]
+    real = pool.run(world, really, assets, tmp_path, overrides)[0]
+    config = config_of(assets, tmp_path, **overrides)
+    shape = AutoConfig.from_pretrained(assets / "model")
+    plan = rehearse(config, shape, world, ROW, depth_of(config, shape))
+    for name in ("base", "adapters", "gradients", "optimiser", "unit", "read", "step"):
+        assert getattr(plan, name) == real[name], name
+    for name in ("kept", "peak"):
+        assert getattr(plan, name) == pytest.approx(real[name], rel=0.05 if "recomputed" in layout else 0.001), name
+    if not config.parallel.sequence_parallel:
+        assert plan.paper == plan.last
+
+
+def test_a_few_blocks_tell_of_many(assets, tmp_path):
+    shape = AutoConfig.from_pretrained(assets / "model", num_hidden_layers=7, layer_types=None)
+    config = config_of(assets, tmp_path, parallel__tp=2)
+    assert depth_of(config, shape) == 7
+    assert rehearse(config, shape, 4, ROW, 7) == rehearse(config, shape, 4, ROW, None)
+
+
+def test_blocks_that_differ_are_all_run(assets, tmp_path):
+    shape = AutoConfig.from_pretrained(assets / "model", num_hidden_layers=7, layer_types=None)
+    targets = {"kind": "lora", "target_modules": ["q_proj"], "layers_to_transform": [0, 6], "params": {"r": 4}}
+    config = config_of(assets, tmp_path, peft=targets)
+    assert depth_of(config, shape) is None
+    some, all_ = (rehearse(c, shape, 2, ROW, None).adapter_elements for c in (config, config_of(assets, tmp_path)))
+    assert 0 < some < all_
+
+
+# -- the command ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_table_samples_and_refusals(assets, tmp_path, capsys):
+    model, data = f"model.path={assets}/model", f"data.path={assets}/data.jsonl"
+    output = ",".join(f"{tmp_path}/p.{suffix}" for suffix in ("md", "json", "png"))
+    assert main([model, data, "parallel.tp=2", "ranks=4,6,3", "data.batch_size=8", f"output={output}"]) == 0
+    out = capsys.readouterr().out
+    assert "【 paris<|eos|>】" in out
+    assert "rows of 8 tokens" in out
+    assert "to the byte" in out
+    assert "does not fit: 6 ranks: batch_size=8 must be divisible by" in out
+    assert "does not fit: 3 ranks: parallel: dp_replicate 1 x dp_shard (the rest) x tp 2" in out
+    (found,) = json.loads((tmp_path / "p.json").read_text())
+    assert found["ranks"] == 4
+    assert found["last"]["forward dp_shard all_gather"] > 0
+    assert "| memory: peak, all of it | counted |" in (tmp_path / "p.md").read_text()
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [
+        (["shape=llama3-8b", "parallel.tp=16", "ranks=16"], "parallel.tp=16 does not divide num_key_value_heads=8 of this model"),
+        (["shape=llama3-9b"], "shape=llama3-9b: known are llama3-8b"),
+        (["shape=llama3-8b", "ranks=8,x"], "expected whole numbers"),
+        (["shape=llama3-8b", "output=plan.txt"], "ends in one of .md"),
+        (["shape=llama3-8b", "peft.params.rank=8"], "rank"),
+        (["ranks=8"], "these have no value: model.path"),
+        (["shape=llama3-8b", "peft.params.init_lora_weights=eva"], "follow from the data"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_in_a_sentence(arguments, sentence, capsys):
+    assert main(arguments) == 1
+    assert sentence in capsys.readouterr().err
