@@ -23,7 +23,6 @@ ROW = 24
 LAYOUTS = {
     "hsdp2x2": (4, {"parallel__dp_replicate": 2}),
     "tp2_sp": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
-    "fsdp2_tp2": (4, {"parallel__tp": 2}),
     "fsdp2_tp2_recomputed": (4, {"parallel__tp": 2, "train__activation_checkpointing": True}),
 }
 
@@ -87,7 +86,8 @@ def test_a_rehearsal_counts_what_a_real_run_does(pool, assets, tmp_path, layout)
     for name in ("base", "adapters", "gradients", "optimiser", "unit", "read", "step"):
         assert getattr(plan, name) == real[name], name
     for name in ("kept", "peak"):
-        assert getattr(plan, name) == pytest.approx(real[name], rel=0.05 if "recomputed" in layout else 0.001), name
+        one = ROW * shape.hidden_size * 8 if config.train.activation_checkpointing else 0  # the embeddings' output is there twice
+        assert getattr(plan, name) == pytest.approx(real[name], abs=one + 64, rel=0), name
     if not config.parallel.sequence_parallel:
         assert plan.paper == plan.last
 

@@ -42,7 +42,7 @@ class Ledger(TorchDispatchMode):
         self.count: Counter[Key] = Counter()
         self.live = self.peak = self.gathered = self.largest = 0
         names = () if mesh is None else mesh.mesh_dim_names or ()
-        self._axes = {mesh.get_group(n).group_name: n for i, n in enumerate(names) if mesh is not None and mesh.size(i) > 1}
+        self._axes = {str(mesh.get_group(n).group_name): n for i, n in enumerate(names) if mesh is not None and mesh.size(i) > 1}
         self._sizes: dict[int, int] = {}  # storage -> its bytes
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._resized: set[int] = set()

@@ -9,6 +9,7 @@ Takes every setting of `launch/train.py`, and of its own:
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ def main(arguments: Sequence[str]) -> int:
     from d9d_lora.train.main import KNOWN
 
     try:
-        plan(arguments)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="torch")  # advice to a loop, and this is none
+            plan(arguments)
     except KNOWN as error:
         if os.environ.get("D9D_LORA_TRACEBACK"):
             raise
@@ -63,9 +66,11 @@ def plan(arguments: Sequence[str]) -> None:
         raise ValueError("; ".join(refused))
     parallel = config.parallel
     layout = ", ".join(f"{k}={v}" for k, v in parallel.model_dump().items() if v != type(parallel).model_fields[k].default)
-    title = f"{own.get('shape') or config.model.path or config.model.target}, rows of {row:,} tokens, {config.data.micro_batch_size} at once"
+    title = f"{own.get('shape') or config.model.path or config.model.target}, rows of {row:,} tokens"
+    title += f", {config.data.micro_batch_size} at once"
     title += f", {layout or 'FSDP2 over all ranks'}" + (", blocks recomputed" if config.train.activation_checkpointing else "")
-    report.show(plans, title)
+    print(title)
+    report.show(plans)
     print(f"paper: {report.agreement(plans, sequence_parallel=parallel.sequence_parallel)}")
     by = f"{rehearsal.BLOCKS} and {rehearsal.BLOCKS + 1} of {depth} equal blocks were rehearsed" if depth else "every block was rehearsed"
     print(f"{by}; not in the peak: the allocator's slack, workspaces of kernels, buffers of the network")

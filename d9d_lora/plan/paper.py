@@ -12,7 +12,7 @@
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -57,8 +57,9 @@ def padded(p: Tensor, dp: int, tp: int) -> int:
 
 
 def _tensor_parallel(rehearsal: "Rehearsal", row: int) -> dict[Key, int]:
-    model, data = rehearsal.model, rehearsal.config.data
-    config = model.config
+    data = rehearsal.config.data
+    config: Any = rehearsal.model.config
+    config = config.get_text_config()
     size = rehearsal.dtype.itemsize
     bsh = data.micro_batch_size * row * config.hidden_size * size
     blocks = config.num_hidden_layers

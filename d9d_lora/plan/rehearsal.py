@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -113,6 +113,11 @@ class Rehearsal(Trainer):
         if config.train.compile:
             raise ValueError("a compiled run cannot be rehearsed; plan with train.compile=false, of which it needs no more")
         self._outline()
+        if any(layer.delta.moves_base for layer in adapted_layers(self.model)):
+            raise ValueError(
+                "peft: a start that moves the base (pissa, olora, loftq) keeps its factors beside the trained ones; plan with "
+                "init_lora_weights=true, and add the memory of the adapters once more"
+            )
         if any(isinstance(m, NF4Linear) for m in self.model.modules()):
             raise ValueError("model.quantise: a base in four bits cannot be rehearsed yet; plan without it, for all but the base")
 
@@ -126,12 +131,12 @@ class Rehearsal(Trainer):
             models.materialise(self.base, CPU)
             for layer in adapted_layers(self.model):
                 layer.started = True  # without values: there are none here
-                if layer.delta.moves_base:
-                    layer.origin = layer.blank_origin()
             self._collect()
             self.cuts_logits = False  # which positions have a target is not known here: all of them
             self.model.train()
             self._hold(counts)
+            ids = torch.zeros(data.micro_batch_size, row, dtype=torch.int64)
+            batch = MicroBatch(ids, ids, torch.arange(row).expand_as(ids), 0, 0, packed=data.packing)
             with Ledger(world.mesh) as ledger:
                 for _ in range(2):  # the first step teaches the ledger which storages FSDP2 takes and gives back
                     self.model.zero_grad(set_to_none=True)
@@ -140,7 +145,7 @@ class Rehearsal(Trainer):
                     before = ledger.live
                     for last in (False, True) if accumulation > 1 else (True,):
                         ledger.traffic.clear()
-                        counts.kept = self._microbatch(ledger, row, last)
+                        counts.kept = self._microbatch(ledger, batch, last)
                         setattr(counts, "last" if last else "micro", Counter(ledger.traffic))
                     counts.unit, counts.peak = ledger.largest, ledger.peak - before
             counts.gradients = sum(bytes_of(p.grad) for p in self.params.values() if p.grad is not None)
@@ -148,17 +153,16 @@ class Rehearsal(Trainer):
         counts.paper = on_paper(self, row)
         return counts
 
-    def _microbatch(self, ledger: Ledger, row: int, last: bool) -> int:
+    def _microbatch(self, ledger: Ledger, batch: MicroBatch, last: bool) -> int:
         """As in `Trainer.train_step`; the bytes that the forward keeps, what FSDP2 has gathered apart."""
         for m in self.fsdp:
             m.set_requires_gradient_sync(last, recurse=False)
-        ids = torch.zeros(self.config.data.micro_batch_size, row, dtype=torch.int64)
-        positions = torch.arange(row).expand_as(ids)
         before = ledger.live - ledger.gathered
         ledger.phase = "forward"
-        loss, _, _ = self.loss(MicroBatch(ids, ids, positions, 0, 0, packed=self.config.data.packing))
+        loss, *others = self.loss(batch)
         kept = ledger.live - ledger.gathered - before
         ledger.phase = "backward"
+        del others
         (loss / 1).backward()
         if last:
             ledger.phase = "sum"
@@ -190,12 +194,16 @@ def copies(p: Tensor, world: World) -> int:
     return world.size // math.prod(p.device_mesh.size(i) for i, s in enumerate(p.placements) if not s.is_replicate())
 
 
+def _no_documents(position_ids: Tensor) -> None:
+    """A Mock would remember its argument, and keep it alive."""
+
+
 @contextlib.contextmanager
 def _fake(*, packed: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if not packed:
             # On fake tensors transformers takes every row for a packed one and builds a mask, which a real run does without.
-            stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None))
+            stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", _no_documents))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
 
@@ -253,7 +261,10 @@ def rehearse(config: RunConfig, shape: Any, size: int, row: int, depth: int | No
 
     def counted(blocks: int | None) -> Counts:
         with of_shape(config, shape, blocks) as shallow, fake_world(size, config.parallel) as world:
-            return Rehearsal(shallow, world).count(row)
+            try:
+                return Rehearsal(shallow, world).count(row)
+            except DataDependentOutputException as error:
+                raise ValueError(f"this model's forward asks for the values of its tensors ({error}), and a rehearsal has none") from error
 
     found = counted(None) if depth is None else counted(BLOCKS + 1).beyond(counted(BLOCKS), depth - BLOCKS - 1)
     stored: torch.dtype = getattr(shape, "dtype", None) or torch.bfloat16

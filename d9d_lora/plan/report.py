@@ -83,13 +83,12 @@ def markdown(plans: Sequence[Counts]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def show(plans: Sequence[Counts], title: str) -> None:
+def show(plans: Sequence[Counts]) -> None:
     from rich import box
     from rich.table import Table
 
     from d9d_lora.train.report import console
 
-    console.print(title, markup=False, highlight=False)
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("of one rank, unless it says all", no_wrap=True)
     table.add_column("found by")
