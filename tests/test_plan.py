@@ -20,6 +20,7 @@ from d9d_lora.train.world import device_of, join
 from tests.small_run import config_of, make_assets
 
 ROW = 24
+RESIZE = torch.UntypedStorage.resize_
 LAYOUTS = {
     "hsdp2x2": (4, {"parallel__dp_replicate": 2}),
     "tp2_sp": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
@@ -76,9 +77,27 @@ def really(rank, assets, output, overrides):
     return found
 
 
+def test_the_ledger_adds_up():
+    with Ledger(None) as ledger:
+        kept = torch.ones(100)
+        ledger.mark()
+        freed = kept + 1
+        assert (ledger.live, ledger.peak, ledger.gathered) == (800, 800, 0)
+        kept.view(10, 10)
+        assert ledger.live == 800
+        del freed
+        assert (ledger.live, ledger.peak) == (400, 800)
+        kept.untyped_storage().resize_(0)
+        assert (ledger.live, ledger.gathered) == (0, 0)
+        kept.untyped_storage().resize_(1000)
+        assert (ledger.live, ledger.peak, ledger.gathered) == (1000, 1000, 1000)
+    assert torch.UntypedStorage.resize_ is RESIZE
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_rehearsal_counts_what_a_real_run_does(pool, assets, tmp_path, layout):
     world, overrides = LAYOUTS[layout]
+    overrides = {**overrides, "peft__params": {"r": 3, "alpha": 8, "dropout": 0.1}}  # three rows on two shards: padding
     real = pool.run(world, really, assets, tmp_path, overrides)[0]
     config = config_of(assets, tmp_path, **overrides)
     shape = AutoConfig.from_pretrained(assets / "model")
@@ -93,15 +112,15 @@ def test_a_rehearsal_counts_what_a_real_run_does(pool, assets, tmp_path, layout)
 
 
 def test_a_few_blocks_tell_of_many(assets, tmp_path):
-    shape = AutoConfig.from_pretrained(assets / "model", num_hidden_layers=7, layer_types=None)
+    shape = AutoConfig.from_pretrained(assets / "model", num_hidden_layers=5, layer_types=None)
     config = config_of(assets, tmp_path, parallel__tp=2)
-    assert depth_of(config, shape) == 7
-    assert rehearse(config, shape, 4, ROW, 7) == rehearse(config, shape, 4, ROW, None)
+    assert depth_of(config, shape) == 5
+    assert rehearse(config, shape, 4, ROW, 5) == rehearse(config, shape, 4, ROW, None)
 
 
 def test_blocks_that_differ_are_all_run(assets, tmp_path):
-    shape = AutoConfig.from_pretrained(assets / "model", num_hidden_layers=7, layer_types=None)
-    targets = {"kind": "lora", "target_modules": ["q_proj"], "layers_to_transform": [0, 6], "params": {"r": 4}}
+    shape = AutoConfig.from_pretrained(assets / "model", num_hidden_layers=5, layer_types=None)
+    targets = {"kind": "lora", "target_modules": ["q_proj"], "layers_to_transform": [0, 4], "params": {"r": 4}}
     config = config_of(assets, tmp_path, peft=targets)
     assert depth_of(config, shape) is None
     some, all_ = (rehearse(c, shape, 2, ROW, None).adapter_elements for c in (config, config_of(assets, tmp_path)))
