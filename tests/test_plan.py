@@ -20,6 +20,7 @@ from d9d_lora.train.world import device_of, join
 from tests.small_run import config_of, make_assets
 
 ROW = 24
+STEPS = 8
 RESIZE = torch.UntypedStorage.resize_
 LAYOUTS = {
     "hsdp2x2": (4, {"parallel__dp_replicate": 2}),
@@ -34,7 +35,7 @@ def assets(tmp_path_factory):
 
 
 def really(rank, assets, output, overrides):
-    """What the plan tells, counted in the second step of a real trainer."""
+    """What the plan tells, counted in the steps of a real trainer."""
     config = config_of(assets, output, **overrides)
     world = join(device_of("cpu"), config.parallel, 60)
     reports, load = [], models.load
@@ -51,7 +52,7 @@ def really(rank, assets, output, overrides):
         def forward(batch):
             ledger.phase, before = "forward", ledger.live - ledger.gathered
             result = loss(batch)
-            found["kept"] = ledger.live - ledger.gathered - before
+            kept.append(ledger.live - ledger.gathered - before)
             ledger.phase = "backward"
             return result
 
@@ -59,11 +60,14 @@ def really(rank, assets, output, overrides):
             ledger.phase = "sum"
             reduce()
             found["gradients"] = sum(local_of(p.grad).nbytes for p in trainer.params.values())
-            found["peak"], found["unit"] = ledger.peak - start, ledger.largest
+            peaks.append(ledger.peak - start)
+            found["unit"] = ledger.largest
             ledger.phase = "after"
 
         trainer.loss, trainer.sum.reduce = forward, together
-        for _ in range(2):
+        kept: list[int] = []
+        peaks: list[int] = []
+        for _ in range(STEPS):
             gc.collect()
             ledger.mark()
             start = ledger.live
@@ -72,7 +76,8 @@ def really(rank, assets, output, overrides):
     frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
     found["optimiser"] = sum(local_of(t).nbytes for p in trained for k, t in trainer.optimiser.state[p].items() if k != "step")
     found["adapters"], found["base"] = (sum(local_of(p).nbytes for p in ps) for ps in (trained, frozen))
-    found["peak"] += found["base"] + found["adapters"] + found["optimiser"]
+    # The first step makes the optimiser's state. In others a gloo thread that is late lets go of its buffers late, which only adds.
+    found["kept"], found["peak"] = min(kept[1:]), min(peaks[1:]) + found["base"] + found["adapters"] + found["optimiser"]
     found["step"] = Counter({k: v for k, v in ledger.traffic.items() if k[0] != "after"})
     return found
 
@@ -104,10 +109,9 @@ def test_a_rehearsal_counts_what_a_real_run_does(pool, assets, tmp_path, layout)
     plan = rehearse(config, shape, world, ROW, depth_of(config, shape))
     for name in ("base", "adapters", "gradients", "optimiser", "unit", "read", "step"):
         assert getattr(plan, name) == real[name], name
-    one = ROW * shape.hidden_size * 8 if config.train.activation_checkpointing else 0  # the embeddings' output is there twice
-    assert plan.kept == pytest.approx(real["kept"], abs=one + 64, rel=0)
-    # A real peak is mostly this to the byte; on a busy machine a late collective keeps its buffers longer.
-    assert plan.peak / 2 <= real["peak"] <= 2 * plan.peak
+    one = ROW * shape.hidden_size * 8 if config.train.activation_checkpointing else 0  # one hidden state more is there
+    for name in ("kept", "peak"):
+        assert getattr(plan, name) == pytest.approx(real[name], abs=one + 64, rel=0), name
     if not config.parallel.sequence_parallel:
         assert plan.paper == plan.last
 
