@@ -1,8 +1,8 @@
 """Dropout on an adapter's input, or of parts of its update, whose mask does not depend on the layout.
 
 Replicas over tensor parallelism must draw one mask whatever the ambient seeds, or lora_A drifts apart; data-parallel ranks must
-draw different ones; a recomputed forward (activation checkpointing) must draw the same one again. So the mask is a function of
-(layer name, clock), drawn whole on the input's width and sliced, and nothing of it is stored for the backward.
+draw different ones; a recomputed forward (activation checkpointing) must draw the same one again. So whether an element is kept is
+a function of (layer name, clock, its row, its column). Each rank computes it for its part, and nothing is stored for the backward.
 
     clock = the number of training forwards of the injected model, and the replica   (a plain loop)
           = the number of the microbatch in the whole run                            (our trainer: the same on every layout)
@@ -74,10 +74,12 @@ class Mask(NamedTuple):
     size: int
     start: int
 
-    def draw(self, x: Tensor) -> Tensor:
-        """Booleans in the shape of x."""
-        keep: Tensor = _mask(x, *self)
-        return keep
+    def keep(self, x: Tensor) -> Tensor:
+        """A copy of x in which what is dropped is zero; not scaled by 1 / (1 - p)."""
+        if torch.compiler.is_compiling():
+            kept: Tensor = _keep_op(x, *self)
+            return kept
+        return _keep(x, *self)
 
 
 class AdapterDropout(nn.Module):
@@ -99,10 +101,11 @@ class AdapterDropout(nn.Module):
             return x
         if self.clock is None:  # a layer that stands alone, outside any injected model
             return nn.functional.dropout(x, self.p)
-        return _drop(x, *self.mask(x))
+        kept: Tensor = _keep_op(x, *self.mask(x))
+        return kept * (1 / (1 - self.p))
 
     def mask(self, x: Tensor) -> "Mask":
-        """The mask of an input, not yet drawn; needs the clock."""
+        """The mask of an input; needs the clock."""
         assert self.clock is not None
         size, start = self.window or (x.shape[-1], 0)
         return Mask(self.clock.now, self._key, self.p, size, start)
@@ -111,7 +114,7 @@ class AdapterDropout(nn.Module):
         """`size` booleans, each True with probability 1 - p: a function of (layer name, clock, what), and of nothing else."""
         if self.clock is None:
             return torch.rand(size, device=device) >= p
-        return _keep(self.clock.now, key_of(self._key, what), p, size, device)
+        return _some(self.clock.now, key_of(self._key, what), p, size, device)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -128,38 +131,59 @@ def _generator(now: Tensor, key: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device=device).manual_seed((time ^ key) & (2**63 - 1))
 
 
-@torch.library.custom_op("d9d_lora::keep", mutates_args=())
-def _keep(now: Tensor, key: int, p: float, size: int, device: torch.device) -> Tensor:
+@torch.library.custom_op("d9d_lora::some", mutates_args=())
+def _some(now: Tensor, key: int, p: float, size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=_generator(now, key, device))
 
 
-@_keep.register_fake
+@_some.register_fake
 def _(now: Tensor, key: int, p: float, size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.bool, device=device)
 
 
-@torch.library.custom_op("d9d_lora::mask", mutates_args=())
-def _mask(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
-    return _kept(x, now, key, p, size, start).contiguous()
+# -- which elements are kept -----------------------------------------------------------------------------------------------------------
+#
+# One number of 16 bits an element, four to a word of 64: word(row, column / 4) = mix(a[row] + b[column / 4]), with a and b drawn by a
+# generator and two xorshift-multiply rounds (the factors are splitmix64's) as the mix. An element is kept if its number is among the 1 - p
+# lowest, to 2^-16. It ends with a product: `>>` of signed words copies the sign, and w ^ (w >> k) has a top bit that is always zero.
+
+_LANES = 4
+_MIX = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB as signed numbers
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK = {"cpu": 1 << 20}  # elements at a time, so that the words stay in a core's cache; elsewhere so that they take little memory
+_BLOCK_ELSEWHERE = 1 << 26
 
 
-@_mask.register_fake
-def _(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
-    return torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
+def _keep(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
+    kept = x.clone(memory_format=torch.contiguous_format)
+    width = x.shape[-1]
+    if not x.numel():
+        return kept
+    bits = kept.view(-1, width).view(_INTEGERS[x.element_size()])
+    generator = _generator(now, key, x.device)
+    columns = _words(-(-size // _LANES), generator)[start // _LANES : -(-(start + width) // _LANES)]
+    rows = _words(bits.shape[0], generator)[:, None]
+    bound = min(max(round((1 - p) * 2**16), 1), 2**16 - 1) - 2**15
+    block = max(1, _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // width)
+    for some, seeds in zip(bits.split(block), rows.split(block)):
+        words = seeds + columns
+        for shift, factor in _MIX:
+            words.bitwise_xor_(words >> shift).mul_(factor)
+        numbers = words.view(torch.int16)[:, start % _LANES : start % _LANES + width]
+        some &= numbers.clamp(bound - 1, bound).sub_(bound).to(bits.dtype)  # all bits below the bound, none from it on
+    return kept
 
 
-def _kept(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
-    rows = x.numel() // max(x.shape[-1], 1)
-    keep = torch.empty((rows, size), dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=_generator(now, key, x.device))
-    return keep[:, start : start + x.shape[-1]].reshape(x.shape)
+def _words(n: int, generator: torch.Generator) -> Tensor:
+    return torch.empty(n, dtype=torch.int64, device=generator.device).random_(-(2**63), None, generator=generator)
 
 
-@torch.library.custom_op("d9d_lora::drop", mutates_args=())
-def _drop(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
-    return torch.where(_kept(x, now, key, p, size, start), x * (1 / (1 - p)), 0).contiguous()
+@torch.library.custom_op("d9d_lora::keep", mutates_args=())
+def _keep_op(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
+    return _keep(x, now, key, p, size, start)
 
 
-@_drop.register_fake
+@_keep_op.register_fake
 def _(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -172,7 +196,7 @@ def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     (now,) = ctx.saved_tensors
-    return _drop(grad, now, *ctx.rest), None, None, None, None, None
+    return _keep_op(grad, now, *ctx.rest), None, None, None, None, None
 
 
-_drop.register_autograd(_backward, setup_context=_remember)
+_keep_op.register_autograd(_backward, setup_context=_remember)

@@ -3,12 +3,19 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite shares two cores among up to eight processes
 
 import pytest
+import torch
 
 from tests import formats, matrix
 from tests.pool import Pool
 
 MATRIX = matrix.Matrix()
 FORMATS = formats.Formats()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """A test draws the same numbers alone and after any others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -298,7 +298,7 @@ def test_a_model_without_dropout_compiles_to_one_graph():
 
 def test_dropout_of_a_transposed_input_keeps_its_promise():
     x = torch.randn(6, 4).t().requires_grad_()
-    torch.library.opcheck(torch.ops.d9d_lora.drop.default, (x, torch.tensor(5), 3, 0.5, 6, 0))
+    torch.library.opcheck(torch.ops.d9d_lora.keep.default, (x, torch.tensor(5), 3, 0.5, 6, 0))
 
 
 # -- found right, and not tested before -----------------------------------------------------------------------------------------------

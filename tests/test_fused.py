@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from d9d_lora.dropout import AdapterDropout, Clock
+from d9d_lora.dropout import AdapterDropout, Clock, Mask
 from d9d_lora.layers import AdaptedLinear, fused
 from d9d_lora.measure import flops, saved_bytes
 from d9d_lora.walk import adapted_layers
@@ -39,7 +39,7 @@ def test_values_and_gradients_are_those_of_the_formula(dropout, frozen):
     for name in frozen:
         t[name].requires_grad_(False)
     mask = mask_of(t["x"]) if dropout else None
-    keep = mask.draw(t["x"]) if dropout else None
+    keep = mask.keep(torch.ones_like(t["x"])).bool() if dropout else None
     dy = torch.randn(2, N // 2, O, dtype=torch.float64)
     wanted = [value for value in t.values() if value.requires_grad]
     y = fused.fused(t["x"], (t["W"],), t["bias"], t["A"], t["B"], S, mask)
@@ -55,7 +55,7 @@ def test_the_backward_draws_the_mask_of_its_forward_again():
     dropout = AdapterDropout(0.5, "layer", clock)
     clock.set(1)
     y = fused.fused(t["x"], (t["W"],), None, t["A"], t["B"], S, dropout.mask(t["x"]))
-    keep = dropout.mask(t["x"]).draw(t["x"])
+    keep = dropout.mask(t["x"]).keep(torch.ones_like(t["x"])).bool()
     clock.set(2)  # the clock has moved on
     (dA,) = torch.autograd.grad(y.sum(), t["A"])
     (expected,) = torch.autograd.grad(formula(**{**t, "bias": None}, keep=keep, p=0.5).sum(), t["A"])
@@ -119,7 +119,8 @@ def test_a_base_that_does_more_than_its_class_is_called_as_it_is(reason):
         assert not layer.fuses(x)
         y = model(x)
     expected = layer.base(x) + layer.update(x, layer.parts(x.dtype, parts=False))
-    assert torch.allclose(y.float(), expected, atol=0.1 if reason == "autocast" else 1e-6)
+    tolerance = 0.1 if reason == "autocast" else 1e-6
+    assert torch.allclose(y.float(), expected, rtol=tolerance, atol=tolerance)
     if reason == "a trained weight":
         y.sum().backward()
         assert layer.base.weight.grad is not None
@@ -137,3 +138,19 @@ def test_a_compiled_step_is_the_same_step():
         run(x).square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_mask_is_even_and_its_windows_are_windows_of_the_whole(dtype):
+    x, p, now = torch.ones(900, 1030, dtype=dtype), 0.3, torch.tensor(11)
+    kept = Mask(now, 5, p, 1030, 0).keep(x)
+    assert torch.equal(kept[:, 207:519], Mask(now, 5, p, 1030, 207).keep(x[:, 207:519]))
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    off = (kept.double() - (1 - p)) / (p * (1 - p)) ** 0.5
+    assert abs(off.mean()) * off.numel() ** 0.5 < 4
+    for sums in (off.sum(0) / 900**0.5, off.sum(1) / 1030**0.5):  # of columns, of rows
+        assert sums.var() == pytest.approx(1, abs=0.2)
+        assert sums.abs().max() < 5
+    other = Mask(now + 1, 5, p, 1030, 0).keep(x).double() - (1 - p)
+    for shifted in (off[1:] * off[:-1], off[:, 1:] * off[:, :-1], off[:, 4:] * off[:, :-4], off * other / (p * (1 - p)) ** 0.5):
+        assert abs(shifted.sum()) / shifted.numel() ** 0.5 < 4

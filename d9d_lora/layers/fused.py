@@ -56,7 +56,7 @@ class _Fused(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         if drop is not None:
             now = now.clone()  # the clock runs on before the backward
-            rows = torch.where(Mask(now, *drop).draw(rows), rows, 0)
+            rows = Mask(now, *drop).keep(rows)
             scaling = scaling / (1 - drop[1])
         z = rows @ A.T
         y = linear(x, restore(*weight), bias)
@@ -77,16 +77,16 @@ class _Fused(torch.autograd.Function):
         if for_B:
             dB = (dy.T @ z).mul_(ctx.scaling)
         rows = x.reshape(-1, x.shape[-1])
-        keep = None if ctx.drop is None else Mask(now, *ctx.drop).draw(rows)
+        mask = None if ctx.drop is None else Mask(now, *ctx.drop)
         u = dy @ B
         if for_A:
-            dA = (u.T @ (rows if keep is None else torch.where(keep, rows, 0))).mul_(ctx.scaling)
+            dA = (u.T @ (rows if mask is None else mask.keep(rows))).mul_(ctx.scaling)
         if for_x:
             dx = dy @ ctx.restore(*weight)
-            if keep is None:
+            if mask is None:
                 dx.addmm_(u, A, alpha=ctx.scaling)
             else:
-                dx.addcmul_(u @ A, keep.to(dx.dtype), value=ctx.scaling)
+                dx.add_(mask.keep(u @ A), alpha=ctx.scaling)
             dx = dx.view_as(x)
         return dx, db, dA, dB, *(None,) * (4 + len(weight))
 
