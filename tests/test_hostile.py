@@ -372,6 +372,11 @@ def test_a_file_that_changes_while_it_is_open(tmp_path):
         os.replace(tmp_path / "y.safetensors", path)
         with pytest.raises(CheckpointError, match="is another now"):
             files.read("a")
+    with open_checkpoint(path) as files:
+        assert files.read("a").tolist() == [1] * 5
+        os.truncate(path, path.stat().st_size - 4)  # of a mapped file the process would die
+        with pytest.raises(CheckpointError, match="was longer when it was opened"):
+            files.read("a")
 
 
 def test_shards_that_overlap_leave_a_hole(valid, tmp_path):

@@ -4,6 +4,7 @@ The oracle is not the code under test: numbers in the file say where they belong
 tensor), and the sharded model is gathered with DTensor's own `full_tensor`. A rank that was given another's rows shows.
 """
 
+import re
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from d9d_lora.quant.load import packed_tensors, quantise_, sinks
 from d9d_lora.state import reader
 from d9d_lora.state.mappers import (
     ModelStateMapper,
@@ -26,7 +28,7 @@ from d9d_lora.state.mappers import (
     StateGroup,
 )
 from d9d_lora.state.reader import hf_prefix_mapper, load_checkpoint, named_state
-from d9d_lora.state.safetensors_dir import CheckpointError, open_checkpoint
+from d9d_lora.state.safetensors_dir import CheckpointError, CheckpointFiles, open_checkpoint
 
 Rename, Parallel, Sequential = ModelStateMapperRename, ModelStateMapperParallel, ModelStateMapperSequential
 
@@ -168,6 +170,51 @@ def test_bytes_of_a_row_shard(pool, tmp_path):
     save_file({"weight": torch.zeros(1023, 512)}, tmp_path / "model.safetensors")
     for read, held in pool.run(4, load_big, str(tmp_path)):
         assert held <= read <= 1.05 * held
+
+
+def told_by_the_system(rank: int, root: str, whole_rows: bool) -> tuple[float, float, int]:
+    """Of rank's due: bytes that read calls gave to this process, and bytes of our own counter; and how much its memory grew."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    net = nn.Module()
+    net.up, net.down, net.tied = nn.Linear(512, 1024, bias=False), nn.Linear(1024, 512, bias=False), nn.Embedding(2048, 1024)
+    net.packed, net.head = nn.Linear(1024, 2048, bias=False), nn.Linear(1024, 2048, bias=False)
+    parallelize_module(net, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    net.head.weight = net.tied.weight
+    quantise_(net, ["packed"])
+    fully_shard(net, mesh=mesh["dp"])
+    due = 4 * (sum(p.to_local().numel() for p in (net.up.weight, net.down.weight, net.tied.weight)) + 1024 * 2048 // 2)
+    reader.BLOCK, block = 1 << 18, reader.BLOCK
+    real = CheckpointFiles.read
+    if whole_rows:  # mutant: all columns are read, and those of other ranks dropped
+        CheckpointFiles.read = lambda self, name, box=None: real(self, name, (box[0], slice(0, self.shape(name)[1])))[:, box[1]]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows
+    before, memory = given(), resident("VmRSS")
+    try:
+        report = load_checkpoint(net, root, skip=packed_tensors(net), sinks=sinks(net))
+    finally:
+        reader.BLOCK, CheckpointFiles.read = block, real
+    return (given() - before) / due, report.bytes_read / due, resident("VmHWM") - memory
+
+
+def given() -> int:
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+def resident(kind: str) -> int:
+    return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="asks the kernel")
+def test_bytes_and_memory_as_the_kernel_tells_them(pool, tmp_path):
+    """Column- and row-parallel under FSDP2, tied and packed weights: 6 MiB of tensors a rank, of which 4 MiB are packed as they come."""
+    shapes = {"up": (1024, 512), "down": (512, 1024), "tied": (2048, 1024), "packed": (2048, 1024)}
+    save_file({f"{name}.weight": torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    for told, counted, grown in pool.run(4, told_by_the_system, str(tmp_path), False):
+        assert counted == 1
+        assert 1 <= told <= 1.05
+        assert grown < 32 << 20  # a block for each step; packing takes fp32 copies of 4 MiB
+    mutant = [told for told, _, _ in pool.run(4, told_by_the_system, str(tmp_path), True)]
+    assert min(mutant) > 1.05, "other ranks' columns of the row-parallel weight show"
 
 
 def load_wrongly(rank: int, path: str) -> list[str]:

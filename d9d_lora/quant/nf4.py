@@ -27,7 +27,7 @@ CODE = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-_AT_ONCE = 1 << 22  # weights that are taken at a time: bounds the fp32 copies beside the result
+_AT_ONCE = 1 << 20  # weights that are taken at a time: bounds the fp32 copies beside the result
 
 
 class Packed(NamedTuple):
@@ -67,8 +67,10 @@ def quantise(w: Tensor, block: int = BLOCK, agree: Agree | None = None) -> Packe
     a = ((m - low[:, None]) / step[:, None].clamp_min(1e-38)).round_().clamp_(0, 255).to(torch.uint8)
     span = torch.stack([low, step], 1).view(torch.int32)
     m = restored(a, span)
-    codes = [pack(codes_of(rows, scale, block)) for rows, scale in zip(_row_blocks(w), m.split(_rows_at_once(w.shape[1])))]
-    return Packed(torch.cat(codes), a, span)
+    codes, at_once = torch.empty(w.shape[0], -(-w.shape[1] // 2), dtype=torch.uint8, device=w.device), _rows_at_once(w.shape[1])
+    for target, rows, scale in zip(codes.split(at_once), _row_blocks(w), m.split(at_once)):
+        target.copy_(pack(codes_of(rows, scale, block)))
+    return Packed(codes, a, span)
 
 
 def absmax_of(w: Tensor, block: int) -> Tensor:

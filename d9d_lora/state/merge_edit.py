@@ -144,7 +144,7 @@ class Add:
     def values(self, base: Held) -> Iterator[tuple[Tensor, Tensor]]:
         """(block as it is stored, block of the result in at least fp32)."""
         held = self.origin(base)
-        # copies: a view of a mapped file may lie unaligned, where a matrix product may take another way [Note: the same bits]
+        # contiguous copies, wherever they come from: a matrix product may take another way on a view [Note: the same bits]
         given = self.factors()
         for factor, value in given.items():
             _refuse_infinite(factor, value, held.name)

@@ -4,7 +4,7 @@
     config, tokenizer, generation settings  -->  copied              every shard is read back; the directory appears when all are there
 
 No model is built, so it works for every architecture whose adapter names its tensors. What a tensor becomes is `merge_plan`, its arithmetic
-`merge_edit`, the directory that survives a kill `merge_work`. Reading goes through the safetensors library.
+`merge_edit`, the directory that survives a kill `merge_work`.
 """
 
 import contextlib

@@ -44,7 +44,7 @@ from d9d_lora.state.merge_files import MergeReport, check_dtype, copy_beside, re
 from d9d_lora.state.merge_work import Shard, build, refuse_existing, shards_of
 from d9d_lora.state.names import clean, original
 from d9d_lora.state.peft_config import AdapterError
-from d9d_lora.state.reader import Runs, local_runs, named_state
+from d9d_lora.state.reader import Runs, local_runs, named_state, shape_of
 from d9d_lora.state.safetensors_dir import INDEX, CheckpointFiles, open_checkpoint
 from d9d_lora.state.safetensors_write import library_order
 from d9d_lora.walk import adapter_tensors, names_of_modules, refuse_tied, reshard
@@ -355,13 +355,13 @@ class _Live:
             return tensor.here().detach().cpu() if rank == 0 else None
         device = outline.device_mesh.device_type
         if rank:
-            shape = _shape(local_runs(outline))
+            shape = shape_of(local_runs(outline))
             if _holds(outline) and 0 not in shape:
                 dist.send(self._wire(tensor, shape, device), dst=0)
             return None
         whole = torch.empty(tuple(outline.shape), dtype=outline.dtype)
         for owner, runs in _holders(outline):
-            shape = _shape(runs)
+            shape = shape_of(runs)
             if owner == 0:
                 part = tensor.here().detach().cpu()
             else:
@@ -482,7 +482,7 @@ def _holders(tensor: DTensor) -> list[tuple[int, Runs]]:
     found = []
     for at in itertools.product(*map(range, sizes)):
         runs = local_runs(tensor, at)
-        if math.prod(_shape(runs)):
+        if math.prod(shape_of(runs)):
             found.append((int(mesh.mesh[at]), runs))
     return found
 
@@ -493,10 +493,6 @@ def _holds(tensor: DTensor) -> bool:
     at = tensor.device_mesh.get_coordinate()
     first = at is not None and not any(p.is_replicate() and at[i] for i, p in enumerate(tensor.placements))
     return first and bool((tensor.device_mesh.mesh == 0).any())
-
-
-def _shape(runs: Runs) -> tuple[int, ...]:
-    return tuple(sum(run.stop - run.start for run in stretches) for stretches in runs)
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

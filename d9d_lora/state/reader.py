@@ -6,6 +6,10 @@
 
 Works on plain tensors and on DTensors of any mesh and placement, with no collective: ranks need not agree on anything
 but the model, and one that finds a broken value raises alone.
+
+[Note: what a load holds]
+Beside the model: a few blocks of `BLOCK` bytes, whatever the size of a tensor. Three things take more, one tensor at a time: a sink (packed
+weights) is given this rank's whole part; a group without a route is read whole, inputs and outputs; `all_or_none` keeps everything.
 """
 
 import difflib
@@ -38,6 +42,8 @@ Runs = list[
     list[slice]
 ]  # a dimension: the stretches of global indices that this rank holds, in the order it holds them
 Sink = tuple[Tensor, Callable[[Tensor], None]]  # a tensor's outline on meta, with its placement; what takes this rank's part of it
+Part = tuple[str, slice, Tensor]  # of a tensor's local part: its name, some rows (of a scalar: none), their values
+BLOCK = 16 << 20  # bytes of a tensor that are in hand at a time, where it is filled row by row
 SHOWN, SEARCHED = 12, 2000  # keys of a kind that an error spells out; names that it searches for a near miss
 
 
@@ -92,15 +98,16 @@ def load_checkpoint(
         plan = _Plan(targets, files, mapper or ModelStateMapperParallel([]), ignore_unexpected, sinks.keys())
         plan.check()
         filled: dict[int, str] = {}
-        read: Iterable[tuple[str, Tensor]] = (part for step in plan.steps for part in step.read(files))
+        in_blocks = frozenset[str]() if all_or_none else targets.keys() - sinks.keys()
+        read: Iterable[Part] = (part for step in plan.steps for part in step.read(files, in_blocks))
         if all_or_none:
             read = list(_checked(read, targets))
-        for name, values in read:
+        for name, rows, values in read:
             if name in sinks:
                 _refuse_infinite(name, values, values.dtype)
                 sinks[name][1](values)
             else:
-                _fill(name, targets[name], values, filled)
+                _fill(name, targets[name], rows, values, filled)
         return LoadReport(len(plan.sources), files.bytes_read - before, time.perf_counter() - started)
     finally:
         if files is not source:
@@ -144,19 +151,22 @@ class _Step:
     runs: dict[str, Runs]
     routes: dict[str, Route]
 
-    def read(self, files: CheckpointFiles) -> Iterator[tuple[str, Tensor]]:
-        """The local values of each wanted output."""
+    def read(self, files: CheckpointFiles, in_blocks: Collection[str]) -> Iterator[Part]:
+        """The local values of each wanted output; of those `in_blocks`, some rows at a time."""
         for name, route in sorted(self.routes.items()):
 
             def piece(box: tuple[slice, ...], route: Route = route) -> Tensor:
                 part = files.read(route.name, route.back(box))
                 return part.t() if route.transposed else part
 
-            yield name, assemble(piece, self.runs[name])
+            runs = self.runs[name]
+            row = files.dtype(route.name).itemsize * math.prod(shape_of(runs)[1:])
+            for rows, some in _row_blocks(runs, max(1, BLOCK // max(1, row)) if name in in_blocks else None):
+                yield name, rows, assemble(piece, some)
         if rest := sorted(self.runs.keys() - self.routes.keys()):
             made = self.mapper.apply({name: files.read(name) for name in sorted(self.group.inputs)})
             for name in rest:
-                yield name, assemble(made[name].__getitem__, self.runs[name])
+                yield name, slice(None), assemble(made[name].__getitem__, self.runs[name])
 
 
 class _Plan:
@@ -245,7 +255,7 @@ class _Plan:
         if isinstance(target, DTensor) and any(placement.is_partial() for placement in target.placements):
             self._fault("misplaced", name, f"is {target.placements}: a sum that is pending cannot be loaded")
         local, runs = tuple(_local(target).shape), local_runs(target)
-        shape = tuple(sum(run.stop - run.start for run in stretches) for stretches in runs)
+        shape = shape_of(runs)
         if 0 in shape and 0 in local:  # FSDP2 may hold a (4, 0) as (0, 0): nothing is nothing
             return [[slice(0, size)] for size in local]
         if shape != local:
@@ -332,6 +342,25 @@ def assemble(piece: Callable[[tuple[slice, ...]], Tensor], runs: Runs) -> Tensor
     return piece(tuple(run for (run,) in runs))
 
 
+def shape_of(runs: Runs) -> tuple[int, ...]:
+    """The shape of a local part."""
+    return tuple(sum(run.stop - run.start for run in stretches) for stretches in runs)
+
+
+def _row_blocks(runs: Runs, most: int | None) -> Iterator[tuple[slice, Runs]]:
+    """(rows of the local part, their runs), in order: at most so many rows, and all of them for None."""
+    if most is None or not runs or 0 in shape_of(runs):
+        yield slice(None), runs
+        return
+    at = 0
+    for run in runs[0]:
+        for start in range(run.start, run.stop, most):
+            some = slice(start, min(start + most, run.stop))
+            n = some.stop - some.start
+            yield slice(at, at + n), [[some], *runs[1:]]
+            at += n
+
+
 def _is_here(tensor: Tensor) -> bool:
     return not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is not None
 
@@ -344,17 +373,17 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _checked(read: Iterable[tuple[str, Tensor]], targets: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _checked(read: Iterable[Part], targets: Mapping[str, Tensor]) -> Iterator[Part]:
     """Raises what `_fill` would, before it has filled anything."""
     seen: dict[int, tuple[str, Tensor]] = {}
-    for name, values in read:
+    for name, rows, values in read:
         target = targets[name]
         cast = values.to(_local(target).dtype)
         _refuse_infinite(name, cast, values.dtype)
         twin, other = seen.setdefault(id(target), (name, cast))
         if not torch.equal(other, cast):
             raise _two_values(name, twin)
-        yield name, values
+        yield name, rows, values
 
 
 def _two_values(name: str, twin: str) -> CheckpointError:
@@ -364,18 +393,19 @@ def _two_values(name: str, twin: str) -> CheckpointError:
     )
 
 
-def _fill(name: str, target: Tensor, values: Tensor, filled: dict[int, str]) -> None:
+def _fill(name: str, target: Tensor, rows: slice, values: Tensor, filled: dict[int, str]) -> None:
+    """Copies some rows to their place, or compares them where another name of the same tensor has filled it."""
     local = _local(target)
+    local = local[rows] if local.dim() else local
     if values.shape != local.shape:
         raise CheckpointError(f"{name!r}: expected a local part of shape {tuple(local.shape)}, made {values.shape}.")
     cast = values.to(local.dtype)
     _refuse_infinite(name, cast, values.dtype)
-    if twin := filled.get(id(target)):
-        if not torch.equal(local, cast.to(local.device)):
-            raise _two_values(name, twin)
-        return
-    local.copy_(cast)
-    filled[id(target)] = name
+    twin = filled.setdefault(id(target), name)
+    if twin == name:
+        local.copy_(cast)
+    elif not torch.equal(local, cast.to(local.device)):
+        raise _two_values(name, twin)
 
 
 def _refuse_infinite(name: str, cast: Tensor, in_file: torch.dtype) -> None:

@@ -5,19 +5,24 @@
 A directory holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names. The headers are
 the truth about names; the index only says which files belong. All of it is checked at opening, from the headers alone,
 so that a broken or hostile download is refused before a weight is touched. The checks are the format's own rules.
+
+[Note: read, not mapped]
+The safetensors library maps files. Then a rank that wants some columns of every row is given every page, with what the kernel reads around
+each; all of it counts as the rank's memory; and a file that is cut short under the reader ends the process. Here the bytes that were asked
+for are asked of the system, into memory of the caller's: `bytes_read` is what it gave.
 """
 
+import itertools
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from d9d_lora.state.untrusted import AGAIN, MAX_JSON, CheckpointError, inside, is_name, open_regular, parse_json, read_json, shown
@@ -54,21 +59,25 @@ CONVERT = (
 
 @dataclass(frozen=True)
 class _Entry:
+    """Where a tensor is: its first byte in the file, and the file as it was when its header was checked (`_stamp`)."""
+
     file: Path
+    stamp: tuple[int, ...]
+    begin: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 class CheckpointFiles:
-    """The tensors of a checkpoint by name; each read touches only the bytes asked for.
+    """The tensors of a checkpoint by name; each read asks for just the bytes it needs. [Note: read, not mapped]
 
-    `bytes_read` counts the bytes of tensors handed out, headers apart. Close it, or use it in a `with`.
+    `bytes_read` counts the bytes of tensors that the system gave, headers apart. Close it, or use it in a `with`.
     """
 
     def __init__(self, promised: Mapping[Path, Collection[str]]) -> None:
         self._entries: dict[str, _Entry] = {}
         self._metadata: dict[Path, dict[str, str]] = {}
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, BinaryIO] = {}
         self._files = sorted(promised)
         self.bytes_read = 0
         for file in self._files:
@@ -121,29 +130,43 @@ class CheckpointFiles:
         shape = tuple(part.stop - part.start for part in box)
         if 0 in shape:
             return torch.empty(shape, dtype=entry.dtype)
+        tensor = torch.empty(shape, dtype=entry.dtype)
+        into = tensor.view(-1).view(torch.uint8).numpy().data
+        stream, at = self._stream(entry), 0
         try:
-            file = self._handle(entry.file)
-            tensor: Tensor = file.get_tensor(name) if shape == entry.shape else file.get_slice(name)[box]
-        except (SafetensorError, OSError, IndexError, ValueError) as error:
+            for begin, size in _stretches(entry, box):
+                self._read_into(stream, into[at : at + size], begin)
+                at += size
+        except OSError as error:
             raise CheckpointError(f"{entry.file}: cannot read {name!r}: {error}. {AGAIN}") from error
-        if (tuple(tensor.shape), tensor.dtype) != (shape, entry.dtype):
-            raise CheckpointError(f"{entry.file}: {name!r} was {entry.dtype} {entry.shape} when it was opened and is another now. {AGAIN}")
-        self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
+
+    def _read_into(self, stream: BinaryIO, into: memoryview, begin: int) -> None:
+        done = 0
+        while done < len(into):  # the system gives at most 2 GiB at once, and less where it likes
+            given = os.preadv(stream.fileno(), [into[done:]], begin + done)
+            if not given:
+                raise OSError(f"it ends at byte {begin + done}, and was longer when it was opened")
+            done += given
+            self.bytes_read += given
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
             raise CheckpointError(f"No tensor {name!r} in {[str(file) for file in self._files]}; names() lists them.")
         return self._entries[name]
 
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            self._open[file] = safe_open(str(file), framework="pt").__enter__()
-        return self._open[file]
+    def _stream(self, entry: _Entry) -> BinaryIO:
+        if entry.file not in self._open:
+            stream = open_regular(entry.file)
+            if _stamp(stream) != entry.stamp:
+                stream.close()
+                raise CheckpointError(f"{entry.file} was one file when its header was checked, and is another now. {AGAIN}")
+            self._open[entry.file] = stream
+        return self._open[entry.file]
 
     def close(self) -> None:
-        for handle in self._open.values():
-            handle.__exit__(None, None, None)
+        for stream in self._open.values():
+            stream.close()
         self._open = {}
 
     def __enter__(self) -> "CheckpointFiles":
@@ -231,7 +254,8 @@ def read_header(file: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
     """
     with open_regular(file) as stream:
         try:
-            size = os.fstat(stream.fileno()).st_size
+            stamp = _stamp(stream)
+            size = stamp[0]
             first = stream.read(8)
             length = int.from_bytes(first, "little")
             if first == b"version ":
@@ -251,7 +275,33 @@ def read_header(file: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
         raise CheckpointError(f"{file}, header: expected JSON that begins with a brace, got {text[:40]!r}. {AGAIN}")
     metadata = _metadata(file, header.pop("__metadata__", {}))
     _check_layout(file, header, size - 8 - length)
-    return {name: _Entry(file, DTYPES[said["dtype"]], tuple(said["shape"])) for name, said in header.items()}, metadata
+    data = 8 + length
+    entries = {}
+    for name, said in header.items():
+        entries[name] = _Entry(file, stamp, data + said["data_offsets"][0], DTYPES[said["dtype"]], tuple(said["shape"]))
+    return entries, metadata
+
+
+def _stamp(stream: BinaryIO) -> tuple[int, ...]:
+    """What tells a file from another of its name: size, inode, time of its last change."""
+    told = os.fstat(stream.fileno())
+    return told.st_size, told.st_dev, told.st_ino, told.st_mtime_ns
+
+
+def _stretches(entry: _Entry, box: tuple[slice, ...]) -> Iterator[tuple[int, int]]:
+    """(first byte, bytes) of each contiguous piece of a box, in the order of its elements: whole inner dimensions are one piece."""
+    size, outer = entry.dtype.itemsize, len(box)
+    while outer and (box[outer - 1].start, box[outer - 1].stop) == (0, entry.shape[outer - 1]):
+        outer -= 1
+        size *= entry.shape[outer]
+    if not outer:
+        yield entry.begin, size
+        return
+    inner = box[outer - 1]
+    strides = [size * math.prod(entry.shape[dim + 1 : outer]) for dim in range(outer)]
+    begin = entry.begin + inner.start * size
+    for at in itertools.product(*(range(part.start, part.stop) for part in box[: outer - 1])):
+        yield begin + sum(index * stride for index, stride in zip(at, strides)), (inner.stop - inner.start) * size
 
 
 def _metadata(file: Path, said: Any) -> dict[str, str]:

@@ -3,7 +3,7 @@
     8 bytes n, little endian  |  n bytes of JSON {name: {dtype, shape, data_offsets}}  |  the tensors' bytes, in order
 
 The safetensors library writes from tensors that are all in memory at once, which a merge of a large model must not
-need. Reading stays with the library (`safetensors_dir`); what is written here is read back through it.
+need. Reading is `safetensors_dir`; the tests read what is written here with the library too.
 """
 
 import json
