@@ -14,6 +14,7 @@ from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedEmbedding, AdaptedLayer, AdaptedLinear, kind_of
 from d9d_lora.layers.among import DEFAULT
 from d9d_lora.layers.parameter import SUFFIX, AdaptedParameter, Held, held
+from d9d_lora.layers.readers import find_readers
 from d9d_lora.layers.shared import SharedFactor
 from d9d_lora.layers.tied import TiedHead, tie, tied_pairs, turned
 from d9d_lora.method import InjectionError, PeftInjectionResult, PeftMethod
@@ -136,6 +137,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
             clock.attach(module)
         train += [factor.weight for factor in shared.values() if isinstance(factor.weight, nn.Parameter)]
         train += [p for p in [*biases, *saved] if not any(p is q for q in train)]
+        find_readers(module, AdaptedLinear)
         return PeftInjectionResult(train, mappers, passed_over)
 
     def sites(self, module: nn.Module) -> tuple[list[Site], list[str]]:

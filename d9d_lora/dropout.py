@@ -86,6 +86,7 @@ class AdapterDropout(nn.Module):
     """`x * mask / (1 - p)`.
 
     Attributes:
+        key: Of the masks; layers of the same key drop the same elements.
         window: (size, start): the columns of the whole input, and the first one of this rank's part; None: x is whole.
     """
 
@@ -94,7 +95,7 @@ class AdapterDropout(nn.Module):
         self.p = p
         self.clock = clock
         self.window: tuple[int, int] | None = None
-        self._key = key_of(name)
+        self.key = key_of(name)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.p == 0 or not self.training:
@@ -108,13 +109,13 @@ class AdapterDropout(nn.Module):
         """The mask of an input; needs the clock."""
         assert self.clock is not None
         size, start = self.window or (x.shape[-1], 0)
-        return Mask(self.clock.now, self._key, self.p, size, start)
+        return Mask(self.clock.now, self.key, self.p, size, start)
 
     def draw(self, what: str, size: int, p: float, device: torch.device) -> Tensor:
         """`size` booleans, each True with probability 1 - p: a function of (layer name, clock, what), and of nothing else."""
         if self.clock is None:
             return torch.rand(size, device=device) >= p
-        return _some(self.clock.now, key_of(self._key, what), p, size, device)
+        return _some(self.clock.now, key_of(self.key, what), p, size, device)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from transformers.pytorch_utils import Conv1D
 
 from d9d_lora import LoRALinear, LoRAParameters, inject_peft_and_freeze, merge_peft, peft_method_from_config, unmerge_peft
+from d9d_lora.methods import dora
 from d9d_lora.methods.dora import MAGNITUDE, DoRADelta
 from d9d_lora.methods.lora import LoRADelta
 from d9d_lora.placement import Placing
@@ -72,7 +73,8 @@ def test_half_precision_is_unchanged_at_the_start_and_follows_a_small_step_of_th
     layer.lora_magnitude_vector.weight.data *= 1.003  # half precision takes this for one
     assert faults() > 0
     layer.lora_magnitude_vector.weight.data /= 1.003
-    monkeypatch.setattr(DoRADelta, "full_precision", frozenset())  # the mutation
+    gain_of = dora.gain_of
+    monkeypatch.setattr(dora, "gain_of", lambda magnitude, norms: gain_of(magnitude.bfloat16().float(), norms))  # the mutation
     assert faults() > 0
 
 
@@ -314,3 +316,39 @@ def test_the_trainer_saves_a_mixture_in_its_own_format(pool, assets, tmp_path):
     methods = [{**PEFT, "target_modules": ["q_proj"]}, {**PEFT, "kind": "lora", "target_modules": ["v_proj"]}]
     pool.run(1, run, assets, tmp_path, {"peft": {"kind": "stack", "methods": methods}, "train__steps": 1})
     assert (tmp_path / "adapter/method.json").exists()
+
+
+@pytest.mark.parametrize("change", ["in place", "load", "merge", "dtype", "start", "nothing"])
+def test_the_norm_follows_a_base_that_was_changed(change):
+    """|W|^2 is kept between forwards: whatever changes W must let it go."""
+    model = nn.Sequential(nn.Linear(6, 5))
+    method = peft_method_from_config({"kind": "dora", "target_modules": ["0"], "params": {"r": 2}})
+    inject_peft_and_freeze(method, model)
+    layer, x = model[0], torch.randn(3, 6)
+    model(x)
+    kept = layer._squares[1]
+    with torch.no_grad():
+        if change == "in place":
+            layer.base.weight.mul_(2)
+        elif change == "load":
+            layer.base.load_state_dict({name: 2 * t for name, t in layer.base.state_dict().items()})
+        elif change == "merge":
+            layer.lora_B.weight.normal_()
+            merge_peft(method, model)
+            unmerge_peft(method, model)
+            layer.base.weight.mul_(2)
+        elif change == "dtype":
+            model.double()
+            layer.base.weight.mul_(2)
+        elif change == "start":
+            local = layer.base.weight.detach().numpy()
+            local *= 2  # unseen by torch
+            method.initialise(model)
+        else:
+            local = layer.base.weight.detach().numpy()
+            local *= 2
+            assert not torch.allclose(layer.row_squares(layer.weight_here()), layer.base.weight.square().sum(1))  # the mutation
+            model.eval()
+    if change != "merge":
+        assert not torch.allclose(kept.double(), layer.base.weight.square().sum(1).double())
+    assert torch.allclose(layer.row_squares(layer.weight_here()), layer.base.weight.square().sum(1))

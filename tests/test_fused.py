@@ -42,7 +42,7 @@ def test_values_and_gradients_are_those_of_the_formula(dropout, frozen):
     keep = mask.keep(torch.ones_like(t["x"])).bool() if dropout else None
     dy = torch.randn(2, N // 2, O, dtype=torch.float64)
     wanted = [value for value in t.values() if value.requires_grad]
-    y = fused.fused(t["x"], (t["W"],), t["bias"], t["A"], t["B"], S, mask)
+    (y,) = fused.fused(t["x"], [fused.Reader((t["W"],), t["bias"], t["A"], t["B"])], S, mask)
     expected = formula(**t, keep=keep, p=0.4 if dropout else 0)
     assert torch.allclose(y, expected, atol=1e-12)
     for ours, theirs in zip(torch.autograd.grad(y, wanted, dy), torch.autograd.grad(expected, wanted, dy)):
@@ -54,7 +54,7 @@ def test_the_backward_draws_the_mask_of_its_forward_again():
     clock = Clock(3)
     dropout = AdapterDropout(0.5, "layer", clock)
     clock.set(1)
-    y = fused.fused(t["x"], (t["W"],), None, t["A"], t["B"], S, dropout.mask(t["x"]))
+    (y,) = fused.fused(t["x"], [fused.Reader((t["W"],), None, t["A"], t["B"])], S, dropout.mask(t["x"]))
     keep = dropout.mask(t["x"]).keep(torch.ones_like(t["x"])).bool()
     clock.set(2)  # the clock has moved on
     (dA,) = torch.autograd.grad(y.sum(), t["A"])
@@ -69,7 +69,7 @@ def test_x_is_kept_once_for_all_its_readers_and_nothing_else_but_z(dropout):
     model(x)  # the clock ticks
     kept = saved_bytes(lambda: model(x), [x, *model.parameters()])
     time = 8 if dropout else 0
-    assert kept == 3 * (5 * 2 * 4 + time)
+    assert kept == 3 * 5 * 2 * 4 + time
     assert saved_bytes(lambda: model(x * 1), model.parameters()) == 5 * 16 * 4 + kept
 
 
@@ -84,7 +84,11 @@ def test_beyond_the_frozen_layer_there_are_six_thin_products(dropout):
 
 def test_mutation_a_copy_of_x_for_each_reader_is_counted(monkeypatch):
     model = adapt(Readers(), lora(["q", "k", "v"], params={"r": 2, "alpha": 4}))
-    monkeypatch.setattr(AdaptedLinear, "fused", lambda self, x, bias, f: linear(x, self.weight_here(), bias) + self.update(x * 1, f))
+
+    def copying(self, x, bias, *, parts):
+        return linear(x, self.weight_here(), bias) + self.update(x * 1, self.parts(x.dtype, parts=parts))
+
+    monkeypatch.setattr(AdaptedLinear, "fused", copying)
     x = torch.randn(5, 16, requires_grad=True)
     assert saved_bytes(lambda: model(x), [x, *model.parameters()]) > 3 * 5 * 16 * 4
 

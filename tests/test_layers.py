@@ -64,7 +64,7 @@ def test_a_convolution_is_that_of_the_merged_kernel(conv, kind):
     f = layer.parts(torch.float64, parts=False)
     update = layer.delta.dense(f)
     W = layer.base.weight.detach().flatten(1)
-    gain = layer.delta.gain(W, f, lambda t: t) if layer.delta.has_gain else torch.ones(len(W), dtype=W.dtype)
+    gain = layer.delta.gain(W, W.square().sum(1), f, lambda t: t) if layer.delta.has_gain else torch.ones(len(W), dtype=W.dtype)
     reference = make_conv().double()
     kernel = ((W + update) * gain[:, None]).view_as(layer.base.weight)
     z = reference._conv_forward(x, kernel, layer.base.bias)

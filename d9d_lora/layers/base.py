@@ -101,6 +101,7 @@ class AdaptedLayer(nn.Module):
         self.started = False
         self.origin: dict[str, Tensor] = {}
         self._start: Parts | None = None
+        self._squares: tuple[Any, Tensor] | None = None
         self.active: tuple[str, ...] = (DEFAULT,)
         self.rows: Rows | None = None
         self.thawed: frozenset[str] = frozenset()  # the factors to train again once this adapter is active again
@@ -186,13 +187,15 @@ class AdaptedLayer(nn.Module):
         """The layer's own factors as parameters, by name."""
         return {name: self.factor(name) for name in self.delta.axes}
 
-    def parts(self, dtype: torch.dtype, *, parts: bool) -> Parts:
-        """This rank's part of every factor, in the dtype the layer computes in: factors are small, so they are cast and x never is."""
+    def parts(self, dtype: torch.dtype | None, *, parts: bool) -> Parts:
+        """This rank's part of every factor, in the dtype the layer computes in: factors are small, so they are cast and x never is.
+
+        None: in the dtype they are trained in."""
         kept = self.delta.full_precision
         own = {name: (self.factor(name), axes) for name, axes in self.delta.axes.items()}
         f = {name: self.placing.local(p, axes, parts=parts and self.sums_own_parts) for name, (p, axes) in own.items()}
         f |= {name: self.shared[name].local(parts=parts) for name in self.delta.shared}
-        f = {name: t if name in kept else t.to(dtype) for name, t in f.items()}
+        f = {name: t if dtype is None or name in kept else t.to(dtype) for name, t in f.items()}
         (o, rows), (i, cols) = self.placing.span(self.out_size, "O"), self.placing.span(self.in_size, "I")
         return Parts(f, slice(o, o + rows), slice(i, i + cols), self.dropout if self.training else None)
 
@@ -256,7 +259,40 @@ class AdaptedLayer(nn.Module):
 
     def gain(self, f: Parts) -> Tensor:
         """What the rows of W + dW are multiplied by, [O] of this rank, if the delta has a gain."""
-        return self.delta.gain(self.weight_here(), f, self.placing.total)
+        weight = self.weight_here()
+        return self.delta.gain(weight, self.row_squares(weight), f, self.placing.total)
+
+    @torch.no_grad()
+    def row_squares(self, weight: Tensor) -> Tensor:
+        """The square norms of the rows of this rank's part of W, at least in fp32; kept while W is as it was.
+
+        [Note: a W that changes unseen] Torch counts the writes into a tensor, but FSDP2 hides those into its shards. So what is kept is
+        also forgotten by what changes a base on purpose: a load, a merge, a start, a move, and the change between training and evaluation.
+        """
+        held = local_of(self.base.weight)  # type: ignore[arg-type]
+        if torch.compiler.is_compiling() or held.is_inference():
+            return row_squares(weight)
+        now = (held.data_ptr(), held._version, weight.dtype)
+        if self._squares is None or self._squares[0] != now:
+            self._squares = (now, row_squares(weight))
+        return self._squares[1]
+
+    def forget(self) -> None:
+        """Lets go of what is kept of the base weight. [Note: a W that changes unseen]"""
+        self._squares = None
+
+    def train(self, mode: bool = True) -> Self:
+        if mode != self.training:
+            self.forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args)
 
     # -- starts ------------------------------------------------------------------------------------------------------------
 
@@ -266,6 +302,7 @@ class AdaptedLayer(nn.Module):
 
         Does nothing on meta. A layer that was made without a seed, outside any injection, draws one from torch's global generator.
         """
+        self.forget()
         if self.seed is None and self.placing.mesh is not None:
             raise ValueError(f"{type(self).__name__}: give a `seed`; ranks that share this layer's weight must start alike")
         if self.started and self.delta.moves_base:
@@ -344,6 +381,7 @@ class AdaptedLayer(nn.Module):
 
     def follow_base(self) -> Self:
         """Places the factors after a base that was sharded since the injection, and takes over the hooks it got."""
+        self.forget()
         self.placing = Placing.of(self.base.weight, self.weight_axes, self.name)  # type: ignore[arg-type]
         for name, axes in self.delta.axes.items():
             old = self.factor(name)
@@ -421,6 +459,7 @@ class AdaptedLayer(nn.Module):
         return [local_of(p).clone() for p in self._merged_into()]
 
     def put_back(self, kept: Any) -> None:
+        self.forget()
         for p, was in zip(self._merged_into(), kept, strict=True):
             local_of(p).copy_(was)
 
@@ -438,6 +477,7 @@ class AdaptedLayer(nn.Module):
 
     def fold_(self, change: Fold) -> None:
         """Writes `change(W, rows, cols)` into this rank's box of the base weight, some rows at a time."""
+        self.forget()
         rows, cols = self.box()
         weight = self.rows_first(local_of(self.base.weight))  # type: ignore[arg-type]
         start = rows.start
@@ -475,6 +515,11 @@ class AdaptedLayer(nn.Module):
 def adapter_dtype(base: torch.dtype) -> torch.dtype:
     """Factors are trained in fp32 beside a half-precision base; a half-precision factor loses most of a small update."""
     return base if base in (torch.float32, torch.float64) else torch.float32
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """[O, I] -> [O], at least in fp32."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=at_least_fp32(weight[:0]).dtype).square()
 
 
 def refuses_weight(module: nn.Module) -> str | None:

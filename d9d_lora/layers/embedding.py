@@ -10,6 +10,7 @@ from torch.distributed.tensor import Replicate
 from torch.nn.functional import embedding
 
 from d9d_lora.layers.base import AdaptedLayer
+from d9d_lora.layers.gained import gained
 from d9d_lora.methods.delta import Parts
 
 
@@ -55,7 +56,7 @@ class AdaptedEmbedding(AdaptedLayer):
             return self.plus_updates(y, ids, dtype, parts=parts)
         f = self.parts(dtype, parts=parts)
         y = y + self.update(ids, f)
-        return (y * self.gain(f)).to(y.dtype)
+        return gained(y, self.gain(f))
 
     def update(self, ids: Tensor, f: Parts) -> Tensor:
         y = self.delta.look_up(ids, f, padding=self.padding_here())

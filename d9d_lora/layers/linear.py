@@ -10,9 +10,12 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn.functional import linear
 
+from d9d_lora.dropout import Mask
 from d9d_lora.layers.among import Work
 from d9d_lora.layers.base import HOOKS, AdaptedLayer, refuses_weight
-from d9d_lora.layers.fused import Restore, as_it_is, fused
+from d9d_lora.layers.fused import Reader, Restore, as_it_is, fused
+from d9d_lora.layers.gained import gained
+from d9d_lora.layers.readers import Readers
 from d9d_lora.methods.delta import Parts
 
 
@@ -22,6 +25,8 @@ class AdaptedLinear(AdaptedLayer):
     weight_axes = "OI"
     takes_shift = True
     takes_several = True
+    readers: Readers | None = None
+    """The layers that read the same x, if there are others."""
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -45,16 +50,19 @@ class AdaptedLinear(AdaptedLayer):
         h, parts = self.placing.enter(x, wanted, self.name)
         if self.placing.letter is None:
             self.saw_part_of_tokens = parts
+        gain = self.has_gain_at_work()
         bias = self.bias_here(parts=parts)
-        if self.has_gain_at_work():
-            f = self.parts(h.dtype, parts=parts)
-            y = self.fused(h, None, f) if fuse else self.product(h) + self.update(h, f)
-            y = (y * self.gain(f)).to(y.dtype)
-            y = y if bias is None else y + bias
-        elif fuse:
-            y = self.fused(h, bias, self.parts(h.dtype, parts=parts))
+        inside = bias if self.adds_bias_inside() else None
+        if fuse:
+            y = self.fused(h, inside, parts=parts)
+        elif gain:
+            y = self.product(h) + self.update(h, self.parts(h.dtype, parts=parts))
         else:
-            y = self.plus_updates(self.product(h, bias), h, h.dtype, parts=parts)
+            y = self.plus_updates(self.product(h, inside), h, h.dtype, parts=parts)
+        if gain:
+            y = gained(y, self.gain(self.parts(None, parts=parts)))
+        if bias is not None and inside is None:
+            y = y + bias.to(y.dtype)
         return self.placing.leave(y, x, self.out_size)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -75,12 +83,26 @@ class AdaptedLinear(AdaptedLayer):
         """The forward that `product` stands in for."""
         return nn.Linear.forward
 
-    def fused(self, x: Tensor, bias: Tensor | None, f: Parts) -> Tensor:
+    def fused(self, x: Tensor, bias: Tensor | None, *, parts: bool) -> Tensor:
         """x W^T + b + drop(x) dW^T on this rank's part."""
-        B, A = self.delta.factors(f)
-        weight, restore = self.weight_to_restore(x.dtype)
-        mask = f.dropout.mask(x) if f.dropout is not None and f.dropout.p else None
-        return fused(x, weight, bias, A, B, self.delta.scaling, mask, restore)
+        if self.readers is not None and self.placing.mesh is None and not torch.compiler.is_compiling():
+            y = self.readers.product(self, x)
+            if y is not None:
+                return y
+        return fused(x, [self.reader(x.dtype, bias, parts=parts)], self.delta.scaling, self.mask_of(x))[0]
+
+    def reader(self, dtype: torch.dtype, bias: Tensor | None, *, parts: bool = False) -> Reader:
+        """This layer as `fused` takes it."""
+        B, A = self.delta.factors(self.parts(None, parts=parts))
+        weight, restore = self.weight_to_restore(dtype)
+        return Reader(weight, bias, A, B, restore)
+
+    def adds_bias_inside(self) -> bool:
+        """Whether the bias is added by the product: before anything that scales the output it must not be."""
+        return not self.has_gain_at_work()
+
+    def mask_of(self, x: Tensor) -> Mask | None:
+        return self.dropout.mask(x) if self.training and self.dropout.p else None
 
     def weight_to_restore(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Restore]:
         """What the weight here is made of, and how it is made whole."""

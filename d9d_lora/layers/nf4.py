@@ -20,7 +20,7 @@ from d9d_lora.init.loftq import loftq
 from d9d_lora.layers.base import HOOKS, Fold
 from d9d_lora.layers.fused import Restore
 from d9d_lora.layers.linear import AdaptedLinear
-from d9d_lora.methods.delta import DoesNotFit, Geometry, Parts
+from d9d_lora.methods.delta import DoesNotFit, Geometry
 from d9d_lora.placement import at_least_fp32, box_of, local_of
 from d9d_lora.quant.linear import NF4Linear, restored
 from d9d_lora.thin import Thin
@@ -75,9 +75,8 @@ class AdaptedNF4Linear(AdaptedLinear):
     def weight_to_restore(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Restore]:
         return tuple(self.base.packed_here()), partial(restored, self.base.columns_here(), self.base.block, dtype)
 
-    def fused(self, x: Tensor, bias: Tensor | None, f: Parts) -> Tensor:
-        y = super().fused(x, None, f)
-        return y if bias is None else y + bias.to(y.dtype)  # as `product`: the same rounding as of the bare layer
+    def adds_bias_inside(self) -> bool:
+        return False  # as `product`: the same rounding as of the bare layer
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = self.base.product(x)

@@ -64,7 +64,7 @@ class TiedHead(AdaptedLinear):
         self.delta = Turned(embedding.delta)
         self.tied_to, embedding.tied_to = embedding.name, self.name  # type: ignore[assignment]
 
-    def parts(self, dtype: torch.dtype, *, parts: bool) -> Parts:
+    def parts(self, dtype: torch.dtype | None, *, parts: bool) -> Parts:
         self.embedding.saw_part_of_tokens |= self.saw_part_of_tokens
         f = self.embedding.parts(dtype, parts=parts)
         return Parts(f, f.rows, f.cols, self.dropout if self.training else None)

@@ -156,9 +156,9 @@ class Delta(ABC):
         letters = {**self.axes, **self.shared}
         return Parts({n: t[tuple(box.get(a, slice(None)) for a in letters[n])] for n, t in whole.items()}, rows, cols)
 
-    def gain(self, weight: Tensor, f: Parts, total: Callable[[Tensor], Tensor]) -> Tensor:
-        """g[O] that multiplies (W + dW) x, if `has_gain`. `weight` is the box of W; `total` adds a tensor over the ranks that hold the
-        other columns of these rows."""
+    def gain(self, weight: Tensor, squares: Tensor, f: Parts, total: Callable[[Tensor], Tensor]) -> Tensor:
+        """g[O] that multiplies (W + dW) x, if `has_gain`. `weight` is the box of W, and `squares` the square norms of its rows, [O];
+        `total` adds a tensor over the ranks that hold the other columns of these rows."""
         raise NotImplementedError
 
     def shift(self, f: Parts) -> Tensor:

@@ -5,7 +5,8 @@ The norm has no gradient (section 4.3 of the paper). It is taken by its terms, s
 
     |W + s B A|^2  =  |W|^2  +  2 s B.(W A^T)  +  s^2 B.(B A A^T)        each term a sum over columns
 
-Where columns are sharded, the parts of the sum are added once: `out` numbers a layer and forward.
+|W|^2 does not change and is kept, so a forward reads W once more, for W A^T. Where columns are sharded, the parts of the sum are
+added once: `out` numbers a layer and forward.
 
 Liu et al. 2024, arXiv:2402.09353.
 """
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 
 from d9d_lora.methods.delta import Around, Draw, Geometry, Parts
-from d9d_lora.placement import at_least_fp32
 from d9d_lora.thin import Thin
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -75,12 +75,11 @@ class DoRADelta(Around):
     def look_up(self, ids: Tensor, f: Parts, *, padding: int | None = None) -> Tensor:
         return self.low.look_up(ids, f, padding=padding)
 
-    def gain(self, weight: Tensor, f: Parts, total: Callable[[Tensor], Tensor]) -> Tensor:
+    def gain(self, weight: Tensor, squares: Tensor, f: Parts, total: Callable[[Tensor], Tensor]) -> Tensor:
         """At least fp32, whatever the layer computes in."""
         with torch.no_grad():
             B, A = self.low.factors(f)
-            dtype = at_least_fp32(weight[:0]).dtype
-            squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+            dtype = squares.dtype
             across = (weight @ A.T.to(weight.dtype)).to(dtype)
             norms = total(squared_norms(squares, across, B.to(dtype), A.to(dtype), self.scaling)).clamp_(min=0).sqrt_()
         return gain_of(f[MAGNITUDE], norms)

@@ -1,0 +1,145 @@
+"""Layers that read the same x: q, k and v of attention, gate and up of a gated feed-forward.
+
+They are found in the source of the module that holds them: calls `self.q(x)`, `self.k(x)` with the same name x, which is not assigned
+between them. Nothing of the model is changed. When the first of them is called, the outputs of all are computed in one step of
+autograd (`layers/fused.py`), and each of the others hands out its own when it is called with the very same x. If it is called with another
+one, the source told wrong: that layer then computes for itself, and is right.
+
+They share one dropout mask, so that x is dropped once, on every layout: where they do not compute together too.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from d9d_lora.layers.fused import fused
+
+if TYPE_CHECKING:
+    from d9d_lora.layers.linear import AdaptedLinear
+
+
+class Readers:
+    """Some adapted linear children of one module, called with one x.
+
+    Attributes:
+        names: As children of `parent`, in the order of their calls.
+    """
+
+    def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
+        self.parent = parent
+        self.names = names
+        self._x: tuple[Tensor, int, bool] | None = None
+        self._made: dict[str, Tensor] = {}
+
+    def product(self, layer: "AdaptedLinear", x: Tensor) -> Tensor | None:
+        """x W^T + b and the update of one of the layers; None if they do not compute together."""
+        name = next(n for n in self.names if self.parent._modules.get(n) is layer)
+        seen = (x, x._version, torch.is_grad_enabled())
+        if self._x is None or self._x[0] is not x or self._x[1:] != seen[1:] or name not in self._made:
+            self._made, self._x = {}, None
+            layers: list[Any] = [self.parent._modules.get(n) for n in self.names]
+            if not self._together(layers, x):
+                return None
+            readers = [m.reader(x.dtype, m.bias_here(parts=False) if m.adds_bias_inside() else None) for m in layers]
+            self._made = dict(zip(self.names, fused(x, readers, layers[0].delta.scaling, layers[0].mask_of(x))))
+            self._x = seen
+        y = self._made.pop(name)
+        if not self._made:
+            self._x = None
+        return y
+
+    def _together(self, layers: list[Any], x: Tensor) -> bool:
+        first = layers[0]
+        return all(
+            getattr(other, "readers", None) is self
+            and other.fuses(x)
+            and not isinstance(other.base.weight, DTensor)  # FSDP2 of each layer on its own: only the one that is called is gathered
+            and other.delta.scaling == first.delta.scaling
+            and other.training == first.training
+            and (other.dropout.p, other.dropout.key) == (first.dropout.p, first.dropout.key)
+            for other in layers
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model begins between two forwards."""
+        return {**self.__dict__, "_x": None, "_made": {}}
+
+
+def find_readers(model: nn.Module, kind: type) -> None:
+    """Makes `Readers` of the children of one `kind` that the source of their parent calls with one x, and gives them one mask."""
+    for parent in model.modules():
+        children = {name: child for name, child in parent._modules.items() if isinstance(child, kind)}
+        for names in calls_with_one_argument(type(parent).forward) if len(children) > 1 else ():
+            together: list[Any] = [children[n] for n in names if n in children]
+            if len(together) > 1 and len({id(m) for m in together}) == len(together):
+                readers = Readers(parent, tuple(n for n in names if n in children))
+                for m in together:
+                    m.readers = readers
+                    if m.dropout.p == together[0].dropout.p:
+                        m.dropout.key = together[0].dropout.key
+
+
+@functools.cache
+def calls_with_one_argument(forward: Callable[..., Any]) -> tuple[tuple[str, ...], ...]:
+    """The children a module's forward calls with one argument, by argument: (("q_proj", "k_proj", "v_proj"), ("o_proj",)). A child
+    that is called in two places is in none."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):  # no source, or a forward that is no function
+        return ()
+    calls = _Calls()
+    calls.visit(tree)
+    every = [name for names in calls.found.values() for name in names]
+    return tuple(tuple(n for n in names if every.count(n) == 1) for names in calls.found.values())
+
+
+class _Calls(ast.NodeVisitor):
+    """Walks a function in the order it runs, and collects calls `self.child(name)` by the value that the name has there."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, int], list[str]] = {}
+        self._values: dict[str, int] = {}
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.generic_visit(node)
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=child), args=[ast.Name(id=name)], keywords=[]):
+                self.found.setdefault((name, self._values.get(name, 0)), []).append(child)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if not isinstance(node.ctx, ast.Load):
+            self._values[node.id] = self._values.get(node.id, 0) + 1
+
+    def _assignment(self, node: Any) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+        for target in getattr(node, "targets", None) or [node.target]:
+            self.visit(target)
+
+    visit_Assign = visit_AnnAssign = visit_AugAssign = visit_NamedExpr = _assignment
+
+    def _branching(self, node: Any) -> None:
+        """What a branch or a loop assigns may have either value in it and after it."""
+        stored = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        self.generic_visit(node)
+        for name in stored:
+            self._values[name] = self._values.get(name, 0) + 1
+
+    visit_If = visit_For = visit_While = visit_Try = visit_With = visit_Match = _branching
+
+    def _another_scope(self, node: Any) -> None:
+        """Runs at some other time."""
+
+    visit_Lambda = visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_ClassDef = _another_scope
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if not self._values and not self.found and isinstance(node, ast.FunctionDef) and node.name == "forward":
+            for statement in node.body:
+                self.visit(statement)
