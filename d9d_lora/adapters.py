@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedEmbedding, AdaptedLayer, AdaptedLinear, kind_of
 from d9d_lora.layers.among import DEFAULT
+from d9d_lora.layers.gated import find_gated
 from d9d_lora.layers.parameter import SUFFIX, AdaptedParameter, Held, held
 from d9d_lora.layers.readers import find_readers
 from d9d_lora.layers.shared import SharedFactor
@@ -138,6 +139,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
         train += [factor.weight for factor in shared.values() if isinstance(factor.weight, nn.Parameter)]
         train += [p for p in [*biases, *saved] if not any(p is q for q in train)]
         find_readers(module, AdaptedLinear)
+        find_gated(module)
         return PeftInjectionResult(train, mappers, passed_over)
 
     def sites(self, module: nn.Module) -> tuple[list[Site], list[str]]:

@@ -17,7 +17,6 @@ Autograd left to itself adds [N, O] and [N, I] out of place, scales thin product
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -57,8 +56,7 @@ def fused(x: Tensor, readers: Sequence[Reader], scaling: float, mask: Mask | Non
         mask: Dropout on the input of A.
     """
     now, drop = (None, None) if mask is None else (mask.now, mask[1:])
-    made = [(len(r.weight), r.restore) for r in readers]
-    flat = [t for r in readers for t in (r.bias, r.A, r.B, *r.weight)]
+    made, flat = made_of(readers)
     ys: tuple[Tensor, ...] = _Fused.apply(x, now, drop, scaling, made, *flat)
     return ys
 
@@ -66,18 +64,8 @@ def fused(x: Tensor, readers: Sequence[Reader], scaling: float, mask: Mask | Non
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, now, drop, scaling, made, *flat):  # type: ignore[no-untyped-def]
-        readers = list(_readers(made, flat))
-        rows = x.reshape(-1, x.shape[-1])
-        if drop is not None:
-            now = now.clone()  # the clock runs on before the backward
-            rows = Mask(now, *drop).keep(rows)
-            scaling = scaling / (1 - drop[1])
-        z = rows @ _stacked(readers, x.dtype).T
-        ys = []
-        for r, z_r in zip(readers, z.split([r.A.shape[0] for r in readers], 1)):
-            y = linear(x, r.restore(*r.weight), r.bias)
-            y.view(-1, y.shape[-1]).addmm_(z_r, r.B.to(x.dtype).T, alpha=scaling)
-            ys.append(y)
+        now = None if now is None else now.clone()  # the clock runs on before the backward
+        ys, z = products(x, readers_of(made, flat), scaling, mask_at(now, drop))
         ctx.save_for_backward(x, z, now, *flat)
         ctx.drop, ctx.scaling, ctx.made = drop, scaling, made
         ctx.set_materialize_grads(False)
@@ -87,55 +75,90 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *dys):  # type: ignore[no-untyped-def]
         x, z, now, *flat = ctx.saved_tensors
-        readers, s = list(_readers(ctx.made, flat)), ctx.scaling
-        mask = None if ctx.drop is None else Mask(now, *ctx.drop)
-        rows = x.reshape(-1, x.shape[-1])
-        ends = list(accumulate(r.A.shape[0] for r in readers))
-        grads: list[Tensor | None] = [None] * len(flat)
-        u, dx, at = z.new_zeros(z.shape) if None in dys else torch.empty_like(z), None, 0
-        for r, dy, end, (n, _) in zip(readers, dys, ends, ctx.made):
-            if dy is not None:
-                dy = dy.reshape(-1, dy.shape[-1])
-                here = slice(end - r.A.shape[0], end)
-                torch.mm(dy, r.B.to(dy.dtype), out=u[:, here])
-                if ctx.needs_input_grad[_FIRST + at]:
-                    grads[at] = dy.sum(0)
-                if ctx.needs_input_grad[_FIRST + at + 2]:
-                    grads[at + 2] = (dy.T @ z[:, here]).to(r.B.dtype).mul_(s)
-                if ctx.needs_input_grad[0]:
-                    W = r.restore(*r.weight)
-                    dx = dy @ W if dx is None else dx.addmm_(dy, W)
-            at += 3 + n
-        if any(ctx.needs_input_grad[_FIRST + i] for i in _places_of_A(ctx.made)):
-            dA = (u.T @ (rows if mask is None else mask.keep(rows))).to(readers[0].A.dtype).mul_(s)
-            for i, part in zip(_places_of_A(ctx.made), dA.split([r.A.shape[0] for r in readers])):
-                grads[i] = part if ctx.needs_input_grad[_FIRST + i] else None
-        if dx is not None:
-            A = _stacked(readers, dx.dtype)
-            dx = dx.addmm_(u, A, alpha=s) if mask is None else dx.add_(mask.keep(u @ A), alpha=s)
-            dx = dx.view_as(x)
+        wanted = ctx.needs_input_grad
+        dx, grads = gradients(x, z, dys, readers_of(ctx.made, flat), ctx.scaling, mask_at(now, ctx.drop), wanted[0], wanted[_FIRST:])
         return dx, *(None,) * (_FIRST - 1), *grads
 
 
 _FIRST = 5  # of `flat` among the arguments of forward
+Made = Sequence[tuple[int, Restore]]  # of each reader: how many tensors its weight is made of, and how
 
 
-def _readers(made: Sequence[tuple[int, Restore]], flat: Sequence[Any]) -> Any:
-    at = 0
+def made_of(readers: Sequence[Reader]) -> tuple[Made, list[Tensor | None]]:
+    """Readers taken apart, so that autograd sees their tensors: b, A, B and the weight of each."""
+    return [(len(r.weight), r.restore) for r in readers], [t for r in readers for t in (r.bias, r.A, r.B, *r.weight)]
+
+
+def readers_of(made: Made, flat: Sequence[Any]) -> list[Reader]:
+    readers, at = [], 0
     for n, restore in made:
         bias, A, B, *weight = flat[at : at + 3 + n]
-        yield Reader(tuple(weight), bias, A, B, restore)
+        readers.append(Reader(tuple(weight), bias, A, B, restore))
         at += 3 + n
+    return readers
 
 
-def _places_of_A(made: Sequence[tuple[int, Restore]]) -> list[int]:
-    return [1 + at for at in accumulate((3 + n for n, _ in made[:-1]), initial=0)]
+def mask_at(now: Tensor | None, drop: Any) -> Mask | None:
+    return None if now is None else Mask(now, *drop)
+
+
+def products(x: Tensor, readers: Sequence[Reader], scaling: float, mask: Mask | None) -> tuple[list[Tensor], Tensor]:
+    """y of every reader, and z[N, R] of all."""
+    rows = x.reshape(-1, x.shape[-1])
+    z = (rows if mask is None else mask.keep(rows)) @ _stacked(readers, x.dtype).T
+    ys = []
+    for r, z_r in zip(readers, z.split([r.A.shape[0] for r in readers], 1)):
+        y = linear(x, r.restore(*r.weight), r.bias)
+        y.view(-1, y.shape[-1]).addmm_(z_r, r.B.to(x.dtype).T, alpha=_scale(scaling, mask))
+        ys.append(y)
+    return ys, z
+
+
+def gradients(
+    x: Tensor,
+    z: Tensor,
+    dys: Sequence[Tensor | None],
+    readers: Sequence[Reader],
+    scaling: float,
+    mask: Mask | None,
+    for_x: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx, and the gradients of what `made_of` lists; `wanted` says of which."""
+    s, rows = _scale(scaling, mask), x.reshape(-1, x.shape[-1])
+    grads: list[Tensor | None] = [None] * len(wanted)
+    dx, at, rank, places = None, 0, 0, []
+    u = torch.zeros_like(z) if any(dy is None for dy in dys) else torch.empty_like(z)
+    for r, dy in zip(readers, dys):
+        here = slice(rank, rank := rank + r.A.shape[0])
+        if dy is not None:
+            dy = dy.reshape(-1, dy.shape[-1])
+            torch.mm(dy, r.B.to(dy.dtype), out=u[:, here])
+            if wanted[at]:
+                grads[at] = dy.sum(0)
+            if wanted[at + 2]:
+                grads[at + 2] = (dy.T @ z[:, here]).to(r.B.dtype).mul_(s)
+            if for_x:
+                W = r.restore(*r.weight)
+                dx = dy @ W if dx is None else dx.addmm_(dy, W)
+        places.append(at + 1)
+        at += 3 + len(r.weight)
+    if any(wanted[i] for i in places):
+        dA = (u.T @ (rows if mask is None else mask.keep(rows))).to(readers[0].A.dtype).mul_(s)
+        for i, part in zip(places, dA.split([r.A.shape[0] for r in readers])):
+            grads[i] = part if wanted[i] else None
+    if dx is not None:
+        A = _stacked(readers, dx.dtype)
+        dx = dx.addmm_(u, A, alpha=s) if mask is None else dx.add_(mask.keep(u @ A), alpha=s)
+        dx = dx.view_as(x)
+    return dx, grads
+
+
+def _scale(scaling: float, mask: Mask | None) -> float:
+    return scaling if mask is None else scaling / (1 - mask.p)
 
 
 def _stacked(readers: Sequence[Reader], dtype: torch.dtype) -> Tensor:
     """A of all readers, [R, I], to compute with."""
     A = readers[0].A if len(readers) == 1 else torch.cat([r.A for r in readers])
     return A.to(dtype)
-
-
-__all__: list[Any] = ["Reader", "as_it_is", "fused"]

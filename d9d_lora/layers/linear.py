@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn.functional import linear
 
@@ -96,6 +96,15 @@ class AdaptedLinear(AdaptedLayer):
         B, A = self.delta.factors(self.parts(None, parts=parts))
         weight, restore = self.weight_to_restore(dtype)
         return Reader(weight, bias, A, B, restore)
+
+    def as_reader(self, dtype: torch.dtype) -> Reader:
+        """The same, with the bias that its product adds; without tensor parallelism."""
+        return self.reader(dtype, self.bias_here(parts=False) if self.adds_bias_inside() else None)
+
+    def fuses_here(self, x: Tensor) -> bool:
+        """Whether its product may be taken outside its own forward: without tensor parallelism, and with its weight at hand. Under
+        FSDP2 of each layer on its own it is not, for only the layer that is called is gathered."""
+        return self.placing.mesh is None and not isinstance(self.base.weight, DTensor) and self.fuses(x)
 
     def adds_bias_inside(self) -> bool:
         """Whether the bias is added by the product: before anything that scales the output it must not be."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from d9d_lora.layers.fused import fused
 
@@ -45,9 +44,9 @@ class Readers:
         if self._x is None or self._x[0] is not x or self._x[1:] != seen[1:] or name not in self._made:
             self._made, self._x = {}, None
             layers: list[Any] = [self.parent._modules.get(n) for n in self.names]
-            if not self._together(layers, x):
+            if not self.together(layers, x):
                 return None
-            readers = [m.reader(x.dtype, m.bias_here(parts=False) if m.adds_bias_inside() else None) for m in layers]
+            readers = [m.as_reader(x.dtype) for m in layers]
             self._made = dict(zip(self.names, fused(x, readers, layers[0].delta.scaling, layers[0].mask_of(x))))
             self._x = seen
         y = self._made.pop(name)
@@ -55,12 +54,12 @@ class Readers:
             self._x = None
         return y
 
-    def _together(self, layers: list[Any], x: Tensor) -> bool:
+    def together(self, layers: list[Any], x: Tensor) -> bool:
+        """Whether these layers can compute together on x."""
         first = layers[0]
         return all(
             getattr(other, "readers", None) is self
-            and other.fuses(x)
-            and not isinstance(other.base.weight, DTensor)  # FSDP2 of each layer on its own: only the one that is called is gathered
+            and other.fuses_here(x)
             and other.delta.scaling == first.delta.scaling
             and other.training == first.training
             and (other.dropout.p, other.dropout.key) == (first.dropout.p, first.dropout.key)
