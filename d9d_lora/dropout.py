@@ -76,10 +76,10 @@ class Mask(NamedTuple):
 
     def keep(self, x: Tensor) -> Tensor:
         """A copy of x in which what is dropped is zero; not scaled by 1 / (1 - p)."""
-        if torch.compiler.is_compiling():
-            kept: Tensor = _keep_op(x, *self)
-            return kept
-        return _keep(x, *self)
+        if type(x) is Tensor and not torch.compiler.is_compiling():
+            return _keep(x, *self)  # an operator written in Python costs more than a small mask
+        kept: Tensor = _keep_op(x, *self)
+        return kept
 
 
 class AdapterDropout(nn.Module):
