@@ -143,40 +143,49 @@ def _(now: Tensor, key: int, p: float, size: int, device: torch.device) -> Tenso
 
 
 # -- which elements are kept -----------------------------------------------------------------------------------------------------------
-#
-# One number of 16 bits an element, four to a word of 64: word(row, column / 4) = mix(a[row] + b[column / 4]), with a and b drawn by a
-# generator and two xorshift-multiply rounds (the factors are splitmix64's) as the mix. An element is kept if its number is among the 1 - p
-# lowest, to 2^-16. It ends with a product: `>>` of signed words copies the sign, and w ^ (w >> k) has a top bit that is always zero.
+
+
+def _keep(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
+    generator = _generator(now, key, x.device)
+    return (_hashed if x.device.type == "cpu" else _drawn)(x, generator, p, size, start)
+
+
+def _drawn(x: Tensor, generator: torch.Generator, p: float, size: int, start: int) -> Tensor:
+    """On an accelerator: one kernel draws the whole width, another one cuts and applies it."""
+    width = x.shape[-1]
+    kept = torch.empty((x.numel() // max(width, 1), size), dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
+    return torch.where(kept[:, start : start + width].reshape(x.shape), x, 0).contiguous()
+
+
+# On a CPU a generator has one core, and draws for every element take ten times as long as this hash, which uses all cores: a number of 16
+# bits an element, four to a word of 64, and word(row, column / 4) = mix(a[row] + b[column / 4]), with a and b drawn, and two rounds of
+# xorshift and product (the factors are splitmix64's) as the mix. An element is kept if its number is among the 1 - p lowest, to 2^-16. The
+# mix ends with a product: `>>` of signed words copies the sign, so w ^ (w >> k) has a top bit that is always zero.
 
 _LANES = 4
 _MIX = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB as signed numbers
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BLOCK = {"cpu": 1 << 20}  # elements at a time, so that the words stay in a core's cache; elsewhere so that they take little memory
-_BLOCK_ELSEWHERE = 1 << 26
+_BLOCK = 1 << 20  # elements at a time, so that the words stay in the cache
 
 
-def _keep(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
+def _hashed(x: Tensor, generator: torch.Generator, p: float, size: int, start: int) -> Tensor:
     kept = x.clone(memory_format=torch.contiguous_format)
-    width = x.shape[-1]
     if not x.numel():
         return kept
+    width, lanes = x.shape[-1], -(-size // _LANES)
     bits = kept.view(-1, width).view(_INTEGERS[x.element_size()])
-    generator = _generator(now, key, x.device)
-    columns = _words(-(-size // _LANES), generator)[start // _LANES : -(-(start + width) // _LANES)]
-    rows = _words(bits.shape[0], generator)[:, None]
+    drawn = torch.empty(lanes + bits.shape[0], dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    columns, rows = drawn[start // _LANES : -(-(start + width) // _LANES)], drawn[lanes:, None]
     bound = min(max(round((1 - p) * 2**16), 1), 2**16 - 1) - 2**15
-    block = max(1, _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // width)
-    for some, seeds in zip(bits.split(block), rows.split(block)):
-        words = seeds + columns
+    block = max(1, _BLOCK // width)
+    for at in range(0, bits.shape[0], block):
+        words = rows[at : at + block] + columns
         for shift, factor in _MIX:
             words.bitwise_xor_(words >> shift).mul_(factor)
         numbers = words.view(torch.int16)[:, start % _LANES : start % _LANES + width]
-        some &= numbers.clamp(bound - 1, bound).sub_(bound).to(bits.dtype)  # all bits below the bound, none from it on
+        # Below the bound all bits are one, from it on none.
+        bits[at : at + block].bitwise_and_(numbers.clamp(bound - 1, bound).sub_(bound).to(bits.dtype))
     return kept
-
-
-def _words(n: int, generator: torch.Generator) -> Tensor:
-    return torch.empty(n, dtype=torch.int64, device=generator.device).random_(-(2**63), None, generator=generator)
 
 
 @torch.library.custom_op("d9d_lora::keep", mutates_args=())

@@ -19,6 +19,7 @@ adapter need it.
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -142,11 +143,11 @@ class AdaptedLayer(nn.Module):
 
     # -- the weight as a matrix --------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def out_size(self) -> int:
         return self.geometry(self.base).out
 
-    @property
+    @cached_property
     def in_size(self) -> int:
         return self.geometry(self.base).into
 
@@ -212,9 +213,13 @@ class AdaptedLayer(nn.Module):
 
     def at_work(self) -> list[Work]:
         """What the forward adds to the product of the base."""
-        if self.active == (DEFAULT,) and self.rows is None and "adapters" not in self._modules:
+        if self.works_alone():
             return [Work(self)]
         return works(self.adapters_by_name(), self.active, self.rows)
+
+    def works_alone(self) -> bool:
+        """Whether there is no other adapter and this one is active."""
+        return self.active == (DEFAULT,) and self.rows is None and "adapters" not in self._modules
 
     def refer_to_base(self) -> None:
         """Makes this layer another adapter of the layer that owns the base."""
@@ -223,6 +228,8 @@ class AdaptedLayer(nn.Module):
 
     def stand_in(self) -> nn.Module | None:
         """The module that is called instead, if one alone does the work: the bare base, or another adapter."""
+        if self.works_alone():
+            return None
         work = self.at_work()
         if not work:
             return self.base
@@ -500,6 +507,9 @@ class AdaptedLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """What is not ours is the base's: models read `.weight`, `.in_features` or `.embedding_dim` of their layers."""
+        child = self.__dict__.get("_modules", {}).get(name)
+        if child is not None:  # the way of `self.base` and of every factor, at each forward
+            return child
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -71,12 +71,15 @@ class AdaptedLinear(AdaptedLayer):
 
     def fuses(self, x: Tensor) -> bool:
         """Whether base and update can be one step of autograd: one thin update beside a frozen base that is called as its class is."""
-        if not self.delta.thin or self.delta.has_shift or self.at_work() != [Work(self)] or torch.is_autocast_enabled(x.device.type):
+        if not self.delta.thin or self.delta.has_shift or torch.is_autocast_enabled(x.device.type):
+            return False
+        if not self.works_alone() and self.at_work() != [Work(self)]:
             return False
         if self.training and self.dropout.p and self.dropout.clock is None:
             return False
-        plain = type(self.base).forward is self.plain_forward() and not any(getattr(self.base, hooks) for hooks in HOOKS)
-        return plain and not self.base.weight.requires_grad  # type: ignore[union-attr]
+        base = self.base
+        plain = type(base).forward is self.plain_forward() and not any(getattr(base, hooks) for hooks in HOOKS)
+        return plain and not base.weight.requires_grad  # type: ignore[union-attr]
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Any]:
