@@ -2,7 +2,7 @@
 
     saved_bytes    what autograd keeps between a forward and its backward
     flops          of matrix products
-    traffic        collectives, and the bytes that a rank puts in
+    traffic        collectives, and the bytes of their buffers
 
 `launch/bench.py` prints them, and tests compare them with what the design promises.
 """
@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -70,7 +71,7 @@ class Traffic(Counter[str]):
 
 @contextmanager
 def traffic() -> Iterator[Traffic]:
-    """Counts the collectives of this rank, with the bytes of their inputs; those of FSDP2, DTensor and plain calls."""
+    """Counts the collectives of this rank and their bytes, as `collective` does: those of FSDP2, DTensor and plain calls."""
     found = Traffic()
     with _Watch(found):
         yield found
@@ -82,15 +83,43 @@ class _Watch(TorchDispatchMode):
         self.found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            called = func._schema.name.partition("::")[2].replace("allgather", "all_gather").replace("allreduce", "all_reduce")
-            if kind := next((word for word in KINDS if word in called), None):
-                self.found.count[kind] += 1
-                self.found[kind] += max((t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor)), default=0)
-        return func(*args, **(kwargs or {}))
+        if not is_plain(types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if (kind_and_size := collective(func, args, result)) is not None:
+            kind, size = kind_and_size
+            self.found.count[kind] += 1
+            self.found[kind] += size
+        return result
 
 
-KINDS = ("all_gather", "reduce_scatter", "all_reduce", "alltoall", "all_to_all", "broadcast", "send", "recv")
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "send", "recv", "p2p", "scatter", "gather", "reduce")
 
 
-__all__ = ["Traffic", "flops", "saved_bytes", "traffic"]
+def collective(func: Any, args: Any, result: Any) -> tuple[str, int] | None:
+    """The kind of a collective that an operator is, and its bytes; None if it is none.
+
+    The bytes are those of its whole buffer, the larger of what goes in and what comes out: what an all-gather gives, what a
+    reduce-scatter takes. A ring of n ranks sends (n - 1) / n of them from each rank, and an all-reduce twice that.
+    """
+    if func.namespace not in ("c10d", "_c10d_functional"):
+        return None
+    word = func._schema.name.partition("::")[2]
+    for short, spelled in (("allgather", "all_gather"), ("allreduce", "all_reduce"), ("alltoall", "all_to_all")):
+        word = word.replace(short, spelled)
+    kind = next((k for k in KINDS if k in word), None)
+    if kind is None:
+        return None
+    # c10d's operators take input and output as two arguments, each a tensor or lists of them; functional ones return the output.
+    buffers = [sum(t.numel() * t.element_size() for t in tree_leaves(part) if isinstance(t, Tensor)) for part in (*args, result)]
+    if func.namespace == "c10d":
+        buffers.pop()  # what it returns is an argument once more
+    return kind, max(buffers, default=0)
+
+
+def is_plain(types: Any) -> bool:
+    """Whether an operator acts on tensors as they are. On a DTensor a mode steps back: what it does to local tensors comes by again."""
+    return all(t in (Tensor, nn.Parameter, FakeTensor) for t in types)
+
+
+__all__ = ["Traffic", "collective", "flops", "is_plain", "saved_bytes", "traffic"]

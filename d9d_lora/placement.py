@@ -16,9 +16,9 @@ its gradient. See [Note: who sums the replicated factor's gradient].
 [Note: who sums the replicated factor's gradient]
 By default the part is labelled `Partial`, and whoever meets it reduces it: FSDP2 before its reduce-scatter, DTensor operators,
 or, where neither stands between, a hook on the parameter (`sum_after_backward`). Plain loops that know nothing of us are right.
-A trainer that can do better calls `ReplicatedSum(model)`: the parts are then labelled as the parameter is, and `reduce()` adds all of
+A trainer that can do better builds `ReplicatedSum(layers)`: the parts are then labelled as the parameter is, and `reduce()` adds all of
 them in one flat all-reduce per optimiser step, after FSDP2's reduce-scatter and before the clip. Never do both: the sum
-would be taken twice.
+would be taken twice. Parameters that FSDP2 was told to ignore are whole on each data-parallel rank, and nobody but it adds those.
 
 [Note: starts do not depend on the layout]
 DTensor's own random operators give every shard of a CPU mesh the same values. So each factor is drawn whole, on the CPU, by a
@@ -251,21 +251,42 @@ def sum_after_backward(p: nn.Parameter) -> None:
 
 
 class ReplicatedSum:
-    """Adds the parts of every replicated factor's gradient over tensor parallelism: one flat all-reduce for the whole model.
+    """Adds what each rank has computed of a replicated parameter's gradient: one flat all-reduce for each set of ranks, once a step.
+
+    The parts of factors that tensor parallelism replicates are added over its ranks; the gradients of parameters that data
+    parallelism replicates (FSDP2 was told to ignore them) over the ranks that see other data; where both hold, over all of them.
 
     Build it after `fully_shard`, call `reduce()` after the last backward of a step and before the clip.
     """
 
-    def __init__(self, layers: Iterable[Any], in_parts: Sequence[tuple[nn.Module, str, DeviceMesh]] = ()) -> None:
-        """`in_parts`: (owner, name, mesh) of other trained parameters whose gradients are parts (norms of sharded tokens)."""
+    def __init__(
+        self,
+        layers: Iterable[Any],
+        in_parts: Sequence[tuple[nn.Module, str, DeviceMesh]] = (),
+        *,
+        over_data: Sequence[nn.Parameter] = (),
+        data: dist.ProcessGroup | None = None,
+        both: dist.ProcessGroup | None = None,
+    ) -> None:
+        """
+        Args:
+            in_parts: (owner, name, mesh) of other trained parameters whose gradients are parts (norms of sharded tokens).
+            over_data: Trained parameters that each data-parallel rank holds whole, and nobody else reduces.
+            data: The ranks that see other data and share this rank's place in the tensor-parallel mesh.
+            both: Those, with their whole tensor-parallel meshes. Needed only with tensor parallelism.
+        """
         self._layers = [layer for layer in layers if layer.placing.mesh is not None and layer.placing.mesh.size() > 1]
         self._others = list(in_parts)
+        self._over_data = {id(p): p for p in over_data}
+        self._data, self._both = data, both
+        if self._over_data and data is None:
+            raise ValueError(f"{len(self._over_data)} parameters are to be summed over data parallelism: `data`, its ranks, was not given")
         for layer in self._layers:
             layer.sums_own_parts = False  # [Note: who sums the replicated factor's gradient]
             for factor in layer.shared.values():
                 factor.sums_own_parts = False
 
-    def _parameters(self) -> Iterator[tuple[nn.Parameter, DeviceMesh]]:
+    def _in_parts(self) -> Iterator[tuple[nn.Parameter, DeviceMesh]]:
         seen: set[int] = set()  # a shared factor is met in many layers, and travels once
         for layer in self._layers:  # looked up anew each time: fully_shard replaces parameters
             for p in layer.parameters_in_parts():
@@ -275,19 +296,45 @@ class ReplicatedSum:
         for owner, name, mesh in self._others:
             yield owner.get_parameter(name), mesh
 
+    def parameters(self) -> Iterator[tuple[nn.Parameter, dist.ProcessGroup]]:
+        """What is summed, and over which ranks; in one order on all of them."""
+        parts = {id(p) for p, _ in self._in_parts()}
+        for p, mesh in self._in_parts():
+            if id(p) not in self._over_data:
+                yield p, mesh.get_group()
+        for p in self._over_data.values():
+            group = self._both if id(p) in parts else self._data
+            if group is None:
+                raise ValueError("a replicated parameter is a part over tensor parallelism too: `both`, the ranks of both, was not given")
+            yield p, group
+
     @torch.no_grad()
     def reduce(self) -> int:
-        """Returns the number of elements that travelled."""
-        buckets: dict[tuple[dist.ProcessGroup, torch.dtype], list[Tensor]] = {}
-        for p, mesh in self._parameters():
-            if p.grad is not None:
-                grad = local_of(p.grad)
-                buckets.setdefault((mesh.get_group(), grad.dtype), []).append(grad)
-        travelled = 0
-        for (group, _), grads in buckets.items():  # insertion order: the order of layers, the same on every rank
-            flat = torch.cat([g.reshape(-1) for g in grads])
-            dist.all_reduce(flat, group=group)
-            for grad, whole in zip(grads, flat.split([g.numel() for g in grads])):
-                grad.copy_(whole.view_as(grad))
-            travelled += flat.numel()
-        return travelled
+        """Returns the number of elements of gradients that travelled."""
+        buckets: dict[tuple[dist.ProcessGroup, torch.dtype, bool], list[nn.Parameter]] = {}
+        for p, group in self.parameters():
+            over_data = id(p) in self._over_data
+            if over_data or p.grad is not None:
+                buckets.setdefault((group, p.dtype, over_data), []).append(p)
+        return sum(_add(ps, group, counted=over_data) for (group, _, over_data), ps in buckets.items())
+
+
+def _add(params: list[nn.Parameter], group: dist.ProcessGroup, *, counted: bool) -> int:
+    """Sums gradients over a group, in place.
+
+    Of other data, a layer may be left out here and not elsewhere (a branch, an expert without tokens). The buffers of all ranks must
+    be as long all the same, and a gradient that some rank has is everybody's: so, if `counted`, a number for each parameter goes
+    along, which counts the ranks that have one.
+    """
+    grads = [local_of(torch.zeros_like(p) if p.grad is None else p.grad) for p in params]
+    here = [torch.tensor([float(p.grad is not None) for p in params]).to(grads[0])] if counted else []
+    flat = torch.cat([*(g.reshape(-1) for g in grads), *here])
+    dist.all_reduce(flat, group=group)
+    sizes = [g.numel() for g in grads]
+    for i, (p, whole) in enumerate(zip(params, flat.split([*sizes, len(params)] if counted else sizes))):
+        if p.grad is not None:
+            local_of(p.grad).copy_(whole.view_as(grads[i]))
+        elif flat[sum(sizes) + i] > 0:  # asks the device only where a gradient is missing
+            p.grad = torch.zeros_like(p)
+            local_of(p.grad).copy_(whole.view_as(grads[i]))
+    return sum(sizes)

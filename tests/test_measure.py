@@ -5,9 +5,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from d9d_lora.measure import flops, traffic
+from d9d_lora.plan.ledger import SCALARS, Ledger
 from launch import bench
 
 
@@ -18,25 +20,41 @@ def test_flops_count_products_in_place_too():
 
 def counted(rank):
     model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False))
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ranks",))
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
-    with traffic() as tp:
-        model(torch.randn(3, 8))
     sharded = fully_shard(nn.Linear(8, 16, bias=False), mesh=mesh)
-    with traffic() as fsdp:
-        sharded(torch.randn(3, 8)).sum().backward()
-    with traffic() as plain:
-        dist.all_reduce(torch.zeros(7))
-    return [(dict(t), dict(t.count)) for t in (tp, fsdp, plain)]
+    rows = DTensor.from_local(torch.ones(5, 6), mesh, [Shard(0)])
+    part = DTensor.from_local(torch.ones(5, 6), mesh, [Partial()])
+    pieces = [torch.empty(20) for _ in range(2)]
+    runs = {
+        "tp": lambda: model(torch.randn(3, 8)),
+        "fsdp": lambda: sharded(torch.randn(3, 8)).sum().backward(),
+        "plain": lambda: dist.all_reduce(torch.zeros(7)),
+        "functional": lambda: rows.full_tensor(),
+        "a list": lambda: dist.all_gather(pieces, torch.ones(20)),
+        "inside an operator": lambda: part.relu(),
+    }
+    found = {}
+    for name, run in runs.items():
+        with Ledger(mesh) as ledger, traffic() as moved:
+            run()
+        found[name] = (dict(moved), dict(moved.count))
+        told = {k: v for k, v in moved.items() if v > SCALARS}
+        assert told == {kind: size for (_, _, kind), size in ledger.traffic.items()}, name
+    return found
 
 
-def test_collectives_of_tensor_parallelism_fsdp2_and_plain_calls_are_counted(pool):
-    tp, fsdp, plain = pool.run(2, counted)[0]
-    assert tp == ({"all_reduce": 3 * 8 * 4}, {"all_reduce": 1})
-    half, whole = 8 * 16 * 4 // 2, 8 * 16 * 4
-    assert fsdp[0]["reduce_scatter"] == whole
-    assert fsdp[0]["all_gather"] in (fsdp[1]["all_gather"] * half, fsdp[1]["all_gather"] * whole)
-    assert plain == ({"all_reduce": 28}, {"all_reduce": 1})
+def test_collectives_are_counted_in_one_way_whoever_calls_them(pool):
+    for found in pool.run(2, counted):
+        whole = 8 * 16 * 4
+        assert found == {
+            "tp": ({"all_reduce": 3 * 8 * 4}, {"all_reduce": 1}),
+            "fsdp": ({"all_gather": whole, "reduce_scatter": whole}, {"all_gather": 1, "reduce_scatter": 1}),  # the root stays gathered
+            "plain": ({"all_reduce": 28}, {"all_reduce": 1}),
+            "functional": ({"all_gather": 10 * 6 * 4}, {"all_gather": 1}),
+            "a list": ({"all_gather": 40 * 4}, {"all_gather": 1}),
+            "inside an operator": ({"all_reduce": 5 * 6 * 4}, {"all_reduce": 1}),
+        }
 
 
 def test_the_bench_measures_ours_beside_the_floor(capsys):

@@ -23,6 +23,7 @@ ROW = 24
 STEPS = 8
 RESIZE = torch.UntypedStorage.resize_
 LAYOUTS = {
+    "hsdp2x2_sharded": (4, {"parallel__dp_replicate": 2, "parallel__adapters": "shard"}),
     "hsdp2x2": (4, {"parallel__dp_replicate": 2}),
     "tp2_sp": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
     "fsdp2_tp2_recomputed": (4, {"parallel__tp": 2, "train__activation_checkpointing": True}),
@@ -46,7 +47,7 @@ def really(rank, assets, output, overrides):
     batch = MicroBatch(ids, ids, torch.arange(ROW).expand_as(ids), 0, 0, tokens=ids.numel())
     trainer.batches.step = lambda consumed: [batch] * trainer.batches.accumulation
     trainer.cuts_logits = False
-    with Ledger(world.mesh) as ledger:
+    with Ledger(world.mesh, {"dp": trainer.groups["data"]}) as ledger:
         loss, reduce = trainer.loss, trainer.sum.reduce
 
         def forward(batch):

@@ -6,18 +6,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from d9d_lora import placement
+from d9d_lora.measure import traffic
 from d9d_lora.placement import local_of
-from d9d_lora.train import checks, trainer
+from d9d_lora.train import checks, replicated, trainer
 from tests.small_run import config_of, losses, make_assets, run
 
+SHARD, WHOLE = {"parallel__adapters": "shard"}, {"parallel__adapters": "replicate"}  # "auto" leaves such small ones whole
 LAYOUTS = {
     "replicate2": (2, {"parallel__dp_replicate": 2}),
-    "fsdp2": (2, {}),
+    "fsdp2": (2, SHARD),
+    "fsdp2_whole": (2, WHOLE),
     "fsdp4": (4, {}),
-    "hsdp2x2": (4, {"parallel__dp_replicate": 2}),
+    "hsdp2x2": (4, {"parallel__dp_replicate": 2, **SHARD}),
+    "hsdp2x2_whole": (4, {"parallel__dp_replicate": 2, **WHOLE}),
     "tp2": (2, {"parallel__tp": 2}),
     "tp2_sp": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
-    "fsdp2_tp2": (4, {"parallel__tp": 2}),
+    "fsdp2_tp2": (4, {"parallel__tp": 2, **SHARD}),
+    "fsdp2_tp2_sp_whole": (4, {"parallel__tp": 2, "parallel__sequence_parallel": True, **WHOLE}),
 }
 
 
@@ -58,7 +64,7 @@ def test_the_loss_falls(one):
 
 
 @pytest.mark.parametrize("option", ["train__activation_checkpointing", "train__compile"])
-@pytest.mark.parametrize("layout", ["fsdp2", "tp2"])
+@pytest.mark.parametrize("layout", ["fsdp2_whole", "tp2"])
 def test_recomputation_and_compilation_change_no_loss(pool, assets, one, tmp_path, option, layout):
     world, degrees = LAYOUTS[layout]
     options = {option: True, "train__compile_backend": "aot_eager", "train__steps": 6}
@@ -77,9 +83,9 @@ def test_packing_is_the_same_on_every_layout(pool, assets, tmp_path):
 # -- checkpoints --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("second", ["one", "tp2", "fsdp2_tp2"])
-def test_saved_on_fsdp4_resumed_on_another_layout(pool, assets, one, tmp_path, second):
-    first = pool.run(4, run, assets, tmp_path / "first", {"checkpoint__every": 3})[0]
+@pytest.mark.parametrize("adapters,second", [(SHARD, "one"), (WHOLE, "fsdp2_tp2"), (SHARD, "fsdp2_tp2_sp_whole")])
+def test_saved_on_fsdp4_resumed_on_another_layout(pool, assets, one, tmp_path, adapters, second):
+    first = pool.run(4, run, assets, tmp_path / "first", {"checkpoint__every": 3, **adapters})[0]
     close(losses(first), losses(one[1]))
     world, degrees = LAYOUTS.get(second, (1, {}))
     path = str(tmp_path / "first" / "checkpoints" / "step_00000003")
@@ -87,7 +93,7 @@ def test_saved_on_fsdp4_resumed_on_another_layout(pool, assets, one, tmp_path, s
     close(losses(resumed), losses(one[1])[3:])
 
 
-@pytest.mark.parametrize("layout", ["one", "fsdp2", "fsdp2_tp2"])
+@pytest.mark.parametrize("layout", ["one", "fsdp2_tp2", "hsdp2x2_whole"])
 def test_a_resume_on_the_same_layout_is_exact_to_the_bit(pool, assets, tmp_path, layout):
     world, degrees = LAYOUTS.get(layout, (1, {}))
     whole = pool.run(world, run, assets, tmp_path / "whole", {**degrees, "checkpoint__every": 2})[0]
@@ -150,7 +156,7 @@ def test_best_and_latest_are_kept_and_hold_an_adapter(pool, assets, tmp_path):
 # -- the promise --------------------------------------------------------------------------------------------------------------------
 
 
-def with_a_drift(rank, assets, output):
+def with_a_drift(rank, assets, output, degrees):
     real = trainer.Trainer.train_step
 
     def step(self, coverage=None):
@@ -158,12 +164,12 @@ def with_a_drift(rank, assets, output):
         if rank == 1 and self.step == 3:
             p = next(p for n, p in self.params.items() if n.endswith("q_proj.lora_A.weight"))
             with torch.no_grad():
-                p.to_local().add_(1e-7)
+                local_of(p).add_(1e-7)
         return values
 
     trainer.Trainer.train_step = step
     try:
-        run(rank, assets, output, {"parallel__tp": 2})
+        run(rank, assets, output, degrees)
     except checks.AdapterFault as fault:
         return str(fault)
     finally:
@@ -171,8 +177,9 @@ def with_a_drift(rank, assets, output):
     return ""
 
 
-def test_a_drift_of_one_rank_is_found_and_named(pool, assets, tmp_path):
-    for told in pool.run(2, with_a_drift, assets, tmp_path):
+@pytest.mark.parametrize("layout", ["tp2", "fsdp2_whole"])
+def test_a_drift_of_one_rank_is_found_and_named(pool, assets, tmp_path, layout):
+    for told in pool.run(2, with_a_drift, assets, tmp_path, LAYOUTS[layout][1]):
         assert "at step 4" in told
         assert "q_proj.lora_A.weight (rank 1 against rank 0)" in told
     assert not (tmp_path / "adapter").exists()
@@ -307,3 +314,83 @@ def test_mutation_the_norm_of_the_local_shard(pool, assets, one, tmp_path, layou
     norms = [[m["gradient_norm"] for m in s["metrics"] if "loss" in m][:2] for s in (summary, one[1])]
     with pytest.raises(AssertionError):
         close(*norms)
+
+
+# -- adapters that data parallelism leaves whole -------------------------------------------------------------------------------------------
+
+
+def large_ones_stay_sharded(rank, assets, output, overrides):
+    """A run in which a matrix trained whole is too large to be replicated; which parameters lie on which axes, and the run."""
+    real, small, placed = trainer.Trainer._collect, replicated.SMALL, {}
+
+    def collect(self):
+        real(self)
+        placed.update({n: getattr(getattr(p, "device_mesh", None), "mesh_dim_names", ()) for n, p in self.params.items()})
+
+    trainer.Trainer._collect, replicated.SMALL = collect, 1 << 10
+    try:
+        return placed, run(rank, assets, output, overrides)
+    finally:
+        trainer.Trainer._collect, replicated.SMALL = real, small
+
+
+def test_large_matrices_trained_whole_stay_sharded(pool, assets, tmp_path):
+    peft = {
+        "kind": "stack",
+        "methods": [
+            {"kind": "lora", "target_modules": ["q_proj", "embed_tokens"], "params": {"r": 2, "alpha": 4}},
+            {"kind": "full_tune", "module_name_pattern": ".*(norm|down_proj)"},
+        ],
+    }
+    (expected,) = pool.run(1, run, assets, tmp_path / "one", {"peft": peft})
+    placed, found = pool.run(4, large_ones_stay_sharded, assets, tmp_path / "four", {**LAYOUTS["fsdp2_tp2_sp_whole"][1], "peft": peft})[0]
+    close(losses(found), losses(expected), 1e-6)
+    assert placed["model.layers.0.mlp.down_proj.weight"] == ("dp_shard", "tp")
+    assert placed["model.layers.0.self_attn.q_proj.lora_A.weight"] == ("tp",)
+    assert placed["model.layers.0.input_layernorm.weight"] == placed["model.norm.weight"] == ()
+
+
+def faulty_sum(rank, assets, output, overrides, times):
+    """Data parallelism's sum is left out, or taken twice."""
+    real = placement._add
+
+    def add(params, group, *, counted):
+        return sum(real(params, group, counted=counted) for _ in range(times if counted else 1))
+
+    placement._add = add
+    try:
+        return run(rank, assets, output, {**overrides, "train__steps": 1})
+    except checks.AdapterFault as fault:
+        return str(fault)
+    finally:
+        placement._add = real
+
+
+@pytest.mark.parametrize("layout", ["fsdp2_whole", "fsdp2_tp2_sp_whole"])
+def test_mutation_the_sum_over_data_left_out_or_taken_twice(pool, assets, one, tmp_path, layout):
+    world, degrees = LAYOUTS[layout]
+    for told in pool.run(world, faulty_sum, assets, tmp_path / "none", degrees, 0):
+        assert "at the save of step 1" in told
+        assert "lora_B.weight (rank 1 against rank 0)" in told or "lora_B.weight (rank 2 against rank 0)" in told
+    twice = pool.run(world, faulty_sum, assets, tmp_path / "twice", degrees, 2)[0]
+    norms = [[m["gradient_norm"] for m in s["metrics"] if "loss" in m][:1] for s in (twice, one[1])]
+    with pytest.raises(AssertionError):
+        close(*norms)
+
+
+def a_layer_that_one_rank_leaves_out(rank):
+    """Gradients that only some ranks have are everybody's; what nobody has stays None."""
+    p = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(3)]
+    group = torch.distributed.group.WORLD
+    p[0].grad = torch.full_like(p[0], rank + 1.0)
+    if rank == 1:
+        p[1].grad = torch.full_like(p[1], 5.0)
+    with traffic() as moved:
+        travelled = placement.ReplicatedSum([], over_data=p, data=group).reduce()
+    return [None if q.grad is None else q.grad.tolist() for q in p], travelled, dict(moved.count)
+
+
+def test_a_gradient_that_some_ranks_lack_is_summed(pool):
+    for grads, travelled, count in pool.run(2, a_layer_that_one_rank_leaves_out):
+        assert grads == [[3.0] * 3, [5.0] * 3, None]
+        assert (travelled, count) == (9, {"all_reduce": 1})

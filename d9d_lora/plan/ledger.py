@@ -2,29 +2,35 @@
 
 It is one dispatch mode, and sees real tensors and fake ones alike; that is how a rehearsal can be held against a real run.
 
-The bytes of a collective are those of its whole buffer: what an all-gather gives, what a reduce-scatter takes. A ring of n ranks
-sends (n - 1) / n of them from each rank, and an all-reduce twice that. Scalars (norms, sums of losses) are left out.
+The bytes of a collective are those of its whole buffer, as everywhere here (`measure.collective`). Scalars (norms, sums of losses) are
+left out.
 """
 
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast")
+from d9d_lora.measure import collective, is_plain
+
 SCALARS = 64  # bytes
 Key = tuple[str, str, str]
 
 
 class Ledger(TorchDispatchMode):
     """Use it in a `with`.
+
+    Args:
+        mesh: Its axes name the groups of ranks.
+        groups: Names of other groups, such as several axes together; a group without a name is "world".
 
     Attributes:
         phase: What is going on now; the owner sets it.
@@ -35,7 +41,7 @@ class Ledger(TorchDispatchMode):
         largest: The largest buffer that was gathered along `dp_shard` since `mark()`.
     """
 
-    def __init__(self, mesh: DeviceMesh | None) -> None:
+    def __init__(self, mesh: DeviceMesh | None, groups: Mapping[str, ProcessGroup | None] | None = None) -> None:
         super().__init__()
         self.phase = ""
         self.traffic: Counter[Key] = Counter()
@@ -43,6 +49,9 @@ class Ledger(TorchDispatchMode):
         self.live = self.peak = self.gathered = self.largest = 0
         names = () if mesh is None else mesh.mesh_dim_names or ()
         self._axes = {str(mesh.get_group(n).group_name): n for i, n in enumerate(names) if mesh is not None and mesh.size(i) > 1}
+        for name, group in (groups or {}).items():
+            if group is not None:
+                self._axes.setdefault(str(group.group_name), name)
         self._sizes: dict[int, int] = {}  # storage -> its bytes
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._resized: set[int] = set()
@@ -74,23 +83,20 @@ class Ledger(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(t not in (Tensor, nn.Parameter, FakeTensor) for t in types):
-            return NotImplemented  # a DTensor comes back here with what it does to its local tensors
+        if not is_plain(types):
+            return NotImplemented
         if func is torch.ops._c10d_functional.wait_tensor.default and isinstance(args[0], FakeTensor):
             return args[0]  # as it really is: the fake one would be a second tensor, and memory that nobody takes
         result = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self._collective(func._schema.name, args, result)
+        if (kind_and_size := collective(func, args, result)) is not None:
+            self._collective(*kind_and_size, args)
         for t in tree_leaves(result):
             if isinstance(t, Tensor):
                 self._note(t.untyped_storage())
         return result
 
-    def _collective(self, name: str, args: Any, result: Any) -> None:
-        word = name.partition("::")[2].replace("allgather", "all_gather").replace("allreduce", "all_reduce")
-        kind = next((k for k in KINDS if k in word), None)
-        size = max((t.numel() * t.element_size() for t in tree_leaves([args, result]) if isinstance(t, Tensor)), default=0)
-        if kind is None or size <= SCALARS:
+    def _collective(self, kind: str, size: int, args: Any) -> None:
+        if size <= SCALARS:
             return
         axis = self._axes.get(_group_name(args), "world")
         self.traffic[self.phase, axis, kind] += size

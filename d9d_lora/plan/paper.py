@@ -4,8 +4,9 @@
     padded(p)   ceil(d0 / dp) dp d1 d2 ... : FSDP2 cuts the first dimension, and every rank gets the same number of rows
 
     gathers     forward: padded bytes of every unit; backward: those of the blocks (the root stays gathered)
-    scatter     padded bytes of what is trained; HSDP then sums the shards over the replicas
-    sum         the local shards of factors that tensor parallelism replicates, once a step
+    scatter     padded bytes of what is trained and sharded; HSDP then sums the shards over the replicas
+    sum         once a step: the local shards of factors that tensor parallelism replicates; what data parallelism leaves whole, and
+                a number for each such parameter
     tp          forward: bsh a row-parallel layer, and the embedding; backward: bsh a parent of column-parallel layers whose input
                 has a gradient (not the first attention), and the head; b s V for the logits   [Llama's plan, without sequence parallel]
 """
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from d9d_lora.placement import local_of
 from d9d_lora.plan.ledger import Key
 from d9d_lora.train import model as models
+from d9d_lora.train.replicated import is_over_data
 
 if TYPE_CHECKING:
     from d9d_lora.plan.rehearsal import Rehearsal
@@ -32,7 +34,7 @@ def on_paper(rehearsal: "Rehearsal", row: int) -> Counter[Key]:
     found: Counter[Key] = Counter()
     blocks = tuple(f"{name}." for name, _ in models.blocks_of(model))
     for name, p in model.named_parameters():
-        if world.dp_size > 1:
+        if world.dp_size > 1 and is_over_data(p):
             whole = padded(p, parallel.dp_shard, parallel.tp)
             if parallel.dp_shard > 1:
                 found["forward", "dp_shard", "all_gather"] += whole
@@ -40,10 +42,15 @@ def on_paper(rehearsal: "Rehearsal", row: int) -> Counter[Key]:
                 found["backward", "dp_shard", "reduce_scatter"] += whole if p.requires_grad else 0
             if parallel.dp_replicate > 1:
                 found["backward", "dp_replicate", "all_reduce"] += whole // parallel.dp_shard if p.requires_grad else 0
-    if parallel.tp > 1:
-        found["sum", "tp", "all_reduce"] = sum(local_of(p).nbytes for p, _ in rehearsal.sum._parameters())
-        if not parallel.sequence_parallel:
-            found.update(_tensor_parallel(rehearsal, row))
+    parts = {id(p) for p, _ in rehearsal.sum._in_parts()}
+    data = "dp" if min(parallel.dp_replicate, parallel.dp_shard) > 1 else "dp_shard" if parallel.dp_shard > 1 else "dp_replicate"
+    for p in rehearsal.params.values():
+        over_data = world.dp_size > 1 and not is_over_data(p)
+        axes = [data] * over_data + ["tp"] * (id(p) in parts)
+        if axes:
+            found["sum", axes[0] if len(axes) == 1 else "world", "all_reduce"] += local_of(p).nbytes + p.element_size() * over_data
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        found.update(_tensor_parallel(rehearsal, row))
     return Counter({k: v for k, v in found.items() if v})
 
 

@@ -38,6 +38,7 @@ from d9d_lora.registry import peft_method_from_config
 from d9d_lora.train import model as models
 from d9d_lora.train.batches import MicroBatch, check_batch_size
 from d9d_lora.train.config import ParallelConfig, RunConfig
+from d9d_lora.train.replicated import decide
 from d9d_lora.train.trainer import Trainer, of_length
 from d9d_lora.train.world import MESH_AXES, World
 from d9d_lora.walk import adapted_layers, adapter_tensors
@@ -56,6 +57,8 @@ class Counts:
         kept: Activations that a microbatch's forward leaves for its backward.
         unit: The largest FSDP2 unit, gathered.
         peak: The most at any time of a step's forwards and backwards, everything above included.
+        replicated: Whether data parallelism leaves the adapters whole (`train/replicated.py`).
+        whole, cut: Bytes of the adapters here if it does, and if it does not.
         read: From the base's files, by the dtype that the model's config names (bfloat16 if it names none).
         micro, last: Traffic of a microbatch that only accumulates, and of the last one with the sum that follows.
         paper: What `paper.py` says of the last one.
@@ -75,6 +78,9 @@ class Counts:
     kept: int = 0
     unit: int = 0
     peak: int = 0
+    replicated: bool = False
+    whole: int = 0
+    cut: int = 0
     read: int = 0
     read_all: int = 0
     micro: Counter[Key] = field(default_factory=Counter)
@@ -93,7 +99,7 @@ class Counts:
             here, there = getattr(self, f.name), getattr(other, f.name)
             if isinstance(here, Counter):
                 values[f.name] = Counter({k: here[k] + more * (here[k] - there[k]) for k in here | there})
-            elif f.name not in ("ranks", "accumulation", "tokens"):
+            elif f.name not in ("ranks", "accumulation", "tokens", "replicated"):
                 values[f.name] = here + more * (here - there)
         return replace(self, **values)
 
@@ -127,6 +133,7 @@ class Rehearsal(Trainer):
         check_batch_size(data.batch_size, data.micro_batch_size, world.dp_size)
         accumulation = data.batch_size // (data.micro_batch_size * world.dp_size)
         counts = Counts(world.size, accumulation, data.batch_size * row)
+        counts.replicated, counts.whole, counts.cut = self.choice.replicate, self.choice.whole, self.choice.cut
         with _fake(packed=data.packing):
             models.materialise(self.base, CPU)
             for layer in adapted_layers(self.model):
@@ -137,7 +144,7 @@ class Rehearsal(Trainer):
             self._hold(counts)
             ids = torch.zeros(data.micro_batch_size, row, dtype=torch.int64)
             batch = MicroBatch(ids, ids, torch.arange(row).expand_as(ids), 0, 0, packed=data.packing)
-            with Ledger(world.mesh) as ledger:
+            with Ledger(world.mesh, {"dp": self.groups["data"]}) as ledger:
                 for _ in range(2):  # the first step teaches the ledger which storages FSDP2 takes and gives back
                     self.model.zero_grad(set_to_none=True)
                     gc.collect()  # what the step before left in cycles would be freed in the midst of this one
@@ -259,13 +266,21 @@ def depth_of(config: RunConfig, shape: Any) -> int | None:
 def rehearse(config: RunConfig, shape: Any, size: int, row: int, depth: int | None) -> Counts:
     """Counts of one step on `size` ranks; `depth` is what `depth_of` says, or None to run every block."""
 
-    def counted(blocks: int | None) -> Counts:
-        with of_shape(config, shape, blocks) as shallow, fake_world(size, config.parallel) as world:
+    def counted(blocks: int | None, parallel: ParallelConfig) -> Counts:
+        with of_shape(config, shape, blocks) as shallow, fake_world(size, parallel) as world:
             try:
-                return Rehearsal(shallow, world).count(row)
+                return Rehearsal(shallow.model_copy(update={"parallel": parallel}), world).count(row)
             except DataDependentOutputException as error:
                 raise ValueError(f"this model's forward asks for the values of its tensors ({error}), and a rehearsal has none") from error
 
-    found = counted(None) if depth is None else counted(BLOCKS + 1).beyond(counted(BLOCKS), depth - BLOCKS - 1)
+    def whole(parallel: ParallelConfig) -> Counts:
+        if depth is None:
+            return counted(None, parallel)
+        return counted(BLOCKS + 1, parallel).beyond(counted(BLOCKS, parallel), depth - BLOCKS - 1)
+
+    found = whole(config.parallel)
+    replicate, _ = decide(config.parallel.adapters, found.whole, found.cut)  # of all blocks, where a few may be small enough to be whole
+    if found.whole and replicate != found.replicated:
+        found = whole(config.parallel.model_copy(update={"adapters": "replicate" if replicate else "shard"}))
     stored: torch.dtype = getattr(shape, "dtype", None) or torch.bfloat16
     return replace(found, read=found.read * stored.itemsize, read_all=found.read_all * stored.itemsize)

@@ -9,6 +9,7 @@ from typing import Any
 from d9d_lora.plan.ledger import Key
 from d9d_lora.plan.rehearsal import Counts
 from d9d_lora.state.atomic import write_text
+from d9d_lora.train.replicated import KEPT
 from d9d_lora.train.report import size
 
 KIND_NAMES = {
@@ -23,7 +24,9 @@ def name_of(key: Key) -> str:
     """What a person calls a kind of traffic."""
     phase, axis, kind = key
     if phase == "sum":
-        return "the one sum of replicated factors"
+        return {"tp": "one sum over tp, of factors it replicates", "world": "one sum over all ranks, of whole adapters"}.get(
+            axis, f"one sum over {axis}, of whole adapters"
+        )
     spelled = kind.replace("_", "-")
     return f"{KIND_NAMES.get(axis, {}).get(kind, f'{axis} {spelled}')}, {phase}"
 
@@ -31,7 +34,7 @@ def name_of(key: Key) -> str:
 def rows_of(plans: Sequence[Counts]) -> list[tuple[str, str, list[str]]]:
     """(quantity, how it was found, a value for each plan)."""
 
-    def row(name: str, how: str, value: Callable[[Counts], float], write: Callable[[Any], str] = size) -> tuple[str, str, list[str]]:
+    def row(name: str, how: str, value: Callable[[Counts], Any], write: Callable[[Any], str] = size) -> tuple[str, str, list[str]]:
         return name, how, [write(value(p)) for p in plans]
 
     whole = "{:,}".format
@@ -42,6 +45,8 @@ def rows_of(plans: Sequence[Counts]) -> list[tuple[str, str, list[str]]]:
         row("microbatches a step, each rank", "config", lambda p: p.accumulation, whole),
         row("memory: base", "shapes", lambda p: p.base),
         row("memory: adapters", "shapes", lambda p: p.adapters),
+        row("adapters are, over data parallelism", "rule", lambda p: p, _lie),
+        row("memory: their being whole adds, to adapters, gradients, AdamW", "shapes", lambda p: KEPT * (p.whole - p.cut)),
         row("memory: gradients", "counted", lambda p: p.gradients),
         row("memory: AdamW", "shapes", lambda p: p.optimiser),
         row("memory: kept activations", "counted", lambda p: p.kept),
@@ -58,6 +63,10 @@ def rows_of(plans: Sequence[Counts]) -> list[tuple[str, str, list[str]]]:
         rows.append(row(f"{when}: {name_of(k)}", "counted", lambda p, k=k: p.last[k]))  # type: ignore[misc]
     rows.append(row("step: all traffic", "counted", lambda p: sum(p.step.values())))
     return rows
+
+
+def _lie(p: Counts) -> str:
+    return "whole" if p.replicated else "sharded" if p.whole else "alone"
 
 
 def once_a_step(key: Key) -> bool:

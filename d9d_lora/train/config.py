@@ -53,6 +53,9 @@ class ParallelConfig(Strict):
     dp_shard: int = Field(-1, ge=-1, description="FSDP2 shards; -1: what the other degrees leave")
     tp: int = Field(1, ge=1, description="tensor-parallel ranks")
     sequence_parallel: bool = Field(False, description="between layers, shard the tokens over the tensor-parallel ranks")
+    adapters: Literal["auto", "shard", "replicate"] = Field(
+        "auto", description="over data parallelism: sharded with their block, or whole on each rank and summed once a step; auto: by size"
+    )
 
     def resolved(self, world: int) -> "ParallelConfig":
         """With dp_shard a number, or an error that says which degrees would fit `world` processes."""

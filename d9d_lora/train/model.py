@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,14 +228,20 @@ def recompute(module: nn.Module) -> None:
         block.forward = lambda *args, _inner=inner, **kwargs: checkpoint(_inner, *args, use_reentrant=False, **kwargs)  # type: ignore[method-assign]
 
 
-def apply_data_parallel(module: nn.Module, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
-    """FSDP2 of every block and the root, HSDP if there are replicas. Gradients are summed: losses are parts of a global mean."""
-    if parallel.dp_replicate * parallel.dp_shard == 1:
-        return
+def apply_data_parallel(
+    module: nn.Module, mesh: DeviceMesh, parallel: ParallelConfig, whole: Collection[nn.Parameter] = frozenset()
+) -> None:
+    """FSDP2 of every block and the root, HSDP if there are replicas. Gradients are summed: losses are parts of a global mean.
+
+    `whole`: parameters that it leaves as they are on each rank; whoever trains must add their gradients (`ReplicatedSum`).
+    """
+    ignored = set(whole)
+    if parallel.dp_shard == 1 and all(p in ignored for p in module.parameters() if p.requires_grad):
+        return  # nothing to cut, and no gradient to add
     dp = mesh["dp_replicate", "dp_shard"] if parallel.dp_replicate > 1 else mesh["dp_shard"]
     for blocks in groups_that_share([block for _, block in blocks_of(module)]):
-        fully_shard(blocks, mesh=dp)
-    fully_shard(module, mesh=dp)
+        fully_shard(blocks, mesh=dp, ignored_params=ignored)
+    fully_shard(module, mesh=dp, ignored_params=ignored)
     sum_gradients(module)
 
 

@@ -19,17 +19,21 @@ from d9d_lora.placement import local_of
 from d9d_lora.quant.linear import NF4Linear
 from d9d_lora.state.names import clean
 from d9d_lora.train.config import TrackerConfig
+from d9d_lora.train.replicated import KEPT, Choice
 from d9d_lora.walk import adapted_layers
 
 # Wide where there is no terminal to ask: a table in a log file should not be folded to 80 columns.
 console = Console(file=sys.stdout, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
 
 
-def census(module: nn.Module, shards: int = 1) -> dict[str, Any]:
+def census(module: nn.Module, shards: int = 1, choice: Choice | None = None) -> dict[str, Any]:
     """What will be trained, from shapes alone (nothing need be allocated): one row for all layers that are alike.
 
-    `shards`: how many FSDP2 ranks will share what is here now; the table is made before they do.
+    Args:
+        shards: How many FSDP2 ranks will share what is here now; the table is made before they do.
+        choice: What of it they will not share.
     """
+    whole = set() if choice is None else set(map(id, choice.params))
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     seen: set[int] = set()
 
@@ -43,7 +47,7 @@ def census(module: nn.Module, shards: int = 1) -> dict[str, Any]:
         )
         row["count"] += 1
         row["elements"] += sum(p.numel() for p in params.values())
-        row["bytes_here"] += sum(local_of(p).numel() * p.element_size() for p in params.values()) / shards
+        row["bytes_here"] += sum(local_of(p).nbytes / (1 if id(p) in whole else shards) for p in params.values())
         seen.update(map(id, params.values()))
 
     for layer in adapted_layers(module):
@@ -62,7 +66,17 @@ def census(module: nn.Module, shards: int = 1) -> dict[str, Any]:
         "trained": sum(r["elements"] for r in table),
         "total": sum(p.numel() for p in module.parameters()) + sum(m.hidden() for m in module.modules() if isinstance(m, NF4Linear)),
         "bytes_here": int(sum(r["bytes_here"] for r in table)),
+        "over_data": over_data(choice),
     }
+
+
+def over_data(choice: Choice | None) -> str:
+    """How adapters lie over the data-parallel ranks, and why; empty where there are none."""
+    if choice is None or not choice.whole:
+        return ""
+    more = size(KEPT * (choice.whole - choice.cut))
+    how = "whole on each data-parallel rank, with one sum a step" if choice.replicate else "sharded with their blocks"
+    return f"adapters: {how} ({choice.why}; being whole takes {more} more, optimiser state included)"
 
 
 def placement_of(p: nn.Parameter) -> str:
@@ -85,6 +99,8 @@ def show_census(found: Mapping[str, Any], passed_over: list[str]) -> None:
         f"them and {size(2 * found['bytes_here'])} of optimiser state",
         highlight=False,
     )
+    if found["over_data"]:
+        console.print(found["over_data"], highlight=False)
     if passed_over:
         console.print(f"matched, and left alone: {', '.join(passed_over[:8])}{' ...' if len(passed_over) > 8 else ''}")
 

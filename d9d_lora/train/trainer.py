@@ -3,8 +3,8 @@
 One optimiser step, on every layout:
 
     loss of a microbatch = sum over its target tokens / target tokens of the whole global batch
-    backward of each     no collective of the adapters; FSDP2 reduces with the last one
-    ReplicatedSum        one all-reduce over tensor parallelism for the whole model
+    backward of each     no collective of the adapters; FSDP2 reduces what it shards with the last one
+    ReplicatedSum        one all-reduce over tensor parallelism for the whole model, and one over data parallelism for what is whole there
     clip, AdamW          fp32
 
 Nothing of a step depends on the layout: data, starts, masks and the random numbers of the base come from (seed, step, microbatch).
@@ -46,8 +46,9 @@ from d9d_lora.train.encode import IGNORE
 from d9d_lora.train.exports import check_exports, write_exports
 from d9d_lora.train.optim import adamw, clip_, learning_rate, optimiser_state, set_learning_rate
 from d9d_lora.train.packing import check_packing
+from d9d_lora.train.replicated import choose, is_over_data
 from d9d_lora.train.report import Tracker, census, show_census, size
-from d9d_lora.train.world import World
+from d9d_lora.train.world import MESH_AXES, World
 from d9d_lora.walk import adapted_layers
 
 REQUEUE = 75  # the exit code of a run that was told to stop and saved: EX_TEMPFAIL, "try again"
@@ -153,7 +154,8 @@ class Trainer:
         check_exports(config.export, self.model, self.base.directory, held=holds_all(self.model))
         whole = self._in_fp32()
         self.autocast = whole and self.dtype == torch.bfloat16
-        self.census, self.passed_over = census(self.model, world.parallel.dp_shard), result_of.passed_over
+        self.choice = choose(self.model, world.parallel)
+        self.census, self.passed_over = census(self.model, world.parallel.dp_shard, self.choice), result_of.passed_over
         if world.parallel.sequence_parallel:
             lost = [la.name for la in adapted_layers(self.model) if la.placing.mesh is None]
             if lost:
@@ -164,7 +166,8 @@ class Trainer:
             for _, block in models.blocks_of(self.model):
                 block.compile(backend=config.train.compile_backend)
         if world.mesh is not None:
-            models.apply_data_parallel(self.model, world.mesh, world.parallel)
+            models.apply_data_parallel(self.model, world.mesh, world.parallel, self.choice.params)
+        self.groups = {"data": world.dp_group(), "both": world.group_over(*MESH_AXES)}
         return mapper
 
     def _collect(self) -> None:
@@ -172,7 +175,9 @@ class Trainer:
         self.params = {clean(n): p for n, p in sorted(self.model.named_parameters(), key=lambda x: clean(x[0])) if p.requires_grad}
         if not self.params:
             raise ValueError("nothing would be trained: the targets match, but every one has r = 0; give at least one layer a rank")
-        self.sum = ReplicatedSum(adapted_layers(self.model), in_parts=self._thawed_parts())
+        # Found by where they lie, and not by what was chosen: what FSDP2 does not manage, nobody else would add.
+        whole = [] if self.groups["data"] is None else [p for p in self.params.values() if not is_over_data(p)]
+        self.sum = ReplicatedSum(adapted_layers(self.model), in_parts=self._thawed_parts(), over_data=whole, **self.groups)
         self.cuts_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.fsdp = list(models.fsdp_modules(self.model))
         self.clocks = {id(c): c for la in adapted_layers(self.model) if (c := la.dropout.clock) is not None}.values()

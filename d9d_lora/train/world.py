@@ -37,11 +37,17 @@ class World:
 
     def dp_group(self) -> dist.ProcessGroup | None:
         """The ranks that see different data and share this rank's place in the tensor-parallel mesh; None if there are none."""
-        if self.mesh is None or self.dp_size == 1:
+        return self.group_over("dp_replicate", "dp_shard")
+
+    def group_over(self, *axes: str) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one along these axes of the mesh, and no other; None if it is alone. Collective at first."""
+        if self.mesh is None:
             return None
-        replicate, shard = self.parallel.dp_replicate, self.parallel.dp_shard
-        names = [n for n, size in zip(MESH_AXES, (replicate, shard)) if size > 1]
-        return (self.mesh[tuple(names)]._flatten("dp") if len(names) > 1 else self.mesh[names[0]]).get_group()
+        names = tuple(n for n in MESH_AXES if n in axes and self.mesh[n].size() > 1)
+        if len(names) < 2:
+            return self.mesh[names[0]].get_group() if names else None
+        mesh = self.mesh[names]
+        return dist.group.WORLD if mesh.size() == self.size else mesh._flatten("_".join(names)).get_group()
 
     def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
         """Adds a small tensor over the ranks that see different data, in place: one collective, over all ranks.
