@@ -14,6 +14,7 @@ from d9d_lora.plan.ledger import Ledger
 from d9d_lora.plan.main import main
 from d9d_lora.plan.rehearsal import depth_of, rehearse
 from d9d_lora.train import model as models
+from d9d_lora.train import replicated
 from d9d_lora.train.batches import MicroBatch
 from d9d_lora.train.trainer import Trainer
 from d9d_lora.train.world import device_of, join
@@ -23,7 +24,7 @@ ROW = 24
 STEPS = 8
 RESIZE = torch.UntypedStorage.resize_
 LAYOUTS = {
-    "hsdp2x2_sharded": (4, {"parallel__dp_replicate": 2, "parallel__adapters": "shard"}),
+    "hsdp2x2_sharded": (4, {"parallel__dp_replicate": 2, "parallel__adapters": "shard", "model__dtype": "bfloat16"}),  # mixed groups
     "hsdp2x2": (4, {"parallel__dp_replicate": 2}),
     "tp2_sp": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
     "fsdp2_tp2_recomputed": (4, {"parallel__tp": 2, "train__activation_checkpointing": True}),
@@ -80,6 +81,8 @@ def really(rank, assets, output, overrides):
     # The first step makes the optimiser's state. In others a gloo thread that is late lets go of its buffers late, which only adds.
     found["kept"], found["peak"] = min(kept[1:]), min(peaks[1:]) + found["base"] + found["adapters"] + found["optimiser"]
     found["step"] = Counter({k: v for k, v in ledger.traffic.items() if k[0] != "after"})
+    found["count"] = {k: v / trainer.batches.accumulation for k, v in ledger.count.items() if k[0] in ("forward", "backward")}
+    found["once"] = sum(v for k, v in ledger.count.items() if k[0] == "sum")
     return found
 
 
@@ -103,7 +106,6 @@ def test_the_ledger_adds_up():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_rehearsal_counts_what_a_real_run_does(pool, assets, tmp_path, layout):
     world, overrides = LAYOUTS[layout]
-    overrides = {**overrides, "peft__params": {"r": 3, "alpha": 8, "dropout": 0.1}}  # three rows on two shards: padding
     real = pool.run(world, really, assets, tmp_path, overrides)[0]
     config = config_of(assets, tmp_path, **overrides)
     shape = AutoConfig.from_pretrained(assets / "model")
@@ -115,13 +117,48 @@ def test_a_rehearsal_counts_what_a_real_run_does(pool, assets, tmp_path, layout)
         assert getattr(plan, name) == pytest.approx(real[name], abs=one + 64, rel=0), name
     if not config.parallel.sequence_parallel:
         assert plan.paper == plan.last
+    if plan.replicated or config.parallel.adapters == "shard":  # the frozen base comes once for a forward and once for a backward
+        blocks = shape.num_hidden_layers
+        assert real["count"]["forward", "dp_shard", "all_gather"] == blocks + 1
+        assert real["count"]["backward", "dp_shard", "all_gather"] == blocks  # the root stays
+        scatters = real["count"].get(("backward", "dp_shard", "reduce_scatter"), 0) * plan.accumulation
+        assert (scatters, real["once"]) == ((0, 1 + (config.parallel.tp > 1)) if plan.replicated else (blocks, 0))
 
 
 def test_a_few_blocks_tell_of_many(assets, tmp_path):
     shape = AutoConfig.from_pretrained(assets / "model", num_hidden_layers=5, layer_types=None)
     config = config_of(assets, tmp_path, parallel__tp=2)
     assert depth_of(config, shape) == 5
-    assert rehearse(config, shape, 4, ROW, 5) == rehearse(config, shape, 4, ROW, None)
+    few = rehearse(config, shape, 4, ROW, 5)
+    assert few == rehearse(config, shape, 4, ROW, None)
+    assert few.replicated
+    too_much = replicated.KEPT * (few.whole - few.cut) - 1  # for five blocks, and not for the four that are rehearsed
+    with mock.patch.object(replicated, "MOST", too_much):
+        few = rehearse(config, shape, 4, ROW, 5)
+        assert few == rehearse(config, shape, 4, ROW, None)
+        assert not few.replicated
+
+
+def test_whole_adapters_never_move_more_and_sharded_ones_without_padding(assets, tmp_path):
+    shape = AutoConfig.from_pretrained(assets / "model")
+    peft = {"kind": "lora", "target_modules": ["q_proj", "down_proj"], "params": {"r": 3}}
+    flags = 4 * 8  # a number for each of eight factors
+    for ranks, replicas in ((8, 1), (16, 2)):
+        options = {"peft": peft, "parallel__dp_replicate": replicas, "data__batch_size": ranks, "model__dtype": "float32"}
+        both = [config_of(assets, tmp_path, parallel__adapters=a, **options) for a in ("shard", "replicate")]
+        shard, whole = (rehearse(config, shape, ranks, ROW, None) for config in both)
+        # three rows on eight shards: `lora_A` is cut along its columns, which eight divides, and lora_B [24, 3] along its rows
+        assert shard.last["backward", "dp_shard", "reduce_scatter"] == shard.whole == 8 * shard.cut
+        assert whole.last["sum", "dp" if replicas > 1 else "dp_shard", "all_reduce"] == whole.whole + flags
+        sent = [sum(v * (2 if k[2] == "all_reduce" else 1) * (n - 1) / n for k, v in p.last.items() for n in (ring(k, ranks, replicas),))
+                for p in (shard, whole)]
+        assert sent[1] - 2 * flags < sent[0]
+        assert (whole.adapters, whole.gradients, whole.optimiser) == (whole.whole, whole.whole, 2 * whole.whole)
+        assert (shard.adapters, shard.gradients, shard.optimiser) == (shard.cut, shard.cut, 2 * shard.cut)
+
+
+def ring(key, ranks, replicas):
+    return {"dp": ranks, "dp_replicate": replicas, "dp_shard": ranks // replicas}[key[1]]
 
 
 def test_blocks_that_differ_are_all_run(assets, tmp_path):

@@ -1,7 +1,7 @@
 """Traffic of one microbatch, the last of a step, by formulas; an opinion of its own beside the rehearsal.
 
     unit        a block, or all that is in none (embedding, last norm, head): what FSDP2 gathers together
-    padded(p)   ceil(d0 / dp) dp d1 d2 ... : FSDP2 cuts the first dimension, and every rank gets the same number of rows
+    padded(p)   ceil(d / dp) dp d' d'' ... : FSDP2 cuts dimension d, mostly the first, and every rank gets as much of it
 
     gathers     forward: padded bytes of every unit; backward: those of the blocks (the root stays gathered)
     scatter     padded bytes of what is trained and sharded; HSDP then sums the shards over the replicas
@@ -56,11 +56,13 @@ def on_paper(rehearsal: "Rehearsal", row: int) -> Counter[Key]:
 
 def padded(p: Tensor, dp: int, tp: int) -> int:
     """Bytes of a gathered parameter, within its tensor-parallel shard."""
-    shape = list(p.shape)
-    for axis, s in zip(p.device_mesh.mesh_dim_names or (), p.placements) if isinstance(p, DTensor) else ():
-        if axis == "tp" and not s.is_replicate():
-            shape[s.dim] = -(-shape[s.dim] // tp)  # type: ignore[attr-defined]
-    return -(-shape[0] // dp) * dp * math.prod(shape[1:]) * p.element_size()
+    assert isinstance(p, DTensor)
+    shape, where = list(p.shape), dict(zip(p.device_mesh.mesh_dim_names or (), p.placements))
+    for axis, n in (("tp", tp), ("dp_shard", dp)):
+        if axis in where and not where[axis].is_replicate():
+            dim: int = where[axis].dim  # type: ignore[attr-defined]
+            shape[dim] = -(-shape[dim] // n) * (n if axis == "dp_shard" else 1)
+    return math.prod(shape) * p.element_size()
 
 
 def _tensor_parallel(rehearsal: "Rehearsal", row: int) -> dict[Key, int]:

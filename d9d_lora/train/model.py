@@ -29,6 +29,7 @@ from d9d_lora.state.reader import LoadReport, hf_prefix_mapper, load_checkpoint
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.styles import parallelize_adapted, retie, tied_names
 from d9d_lora.train.config import ModelConfig, ParallelConfig
+from d9d_lora.train.replicated import axis_to_cut
 from d9d_lora.walk import adapter_tensors
 
 
@@ -239,9 +240,13 @@ def apply_data_parallel(
     if parallel.dp_shard == 1 and all(p in ignored for p in module.parameters() if p.requires_grad):
         return  # nothing to cut, and no gradient to add
     dp = mesh["dp_replicate", "dp_shard"] if parallel.dp_replicate > 1 else mesh["dp_shard"]
+
+    def cut(p: nn.Parameter) -> Shard:
+        return Shard(axis_to_cut(p, parallel.dp_shard) if p.requires_grad else 0)  # the base is read from files, by rows
+
     for blocks in groups_that_share([block for _, block in blocks_of(module)]):
-        fully_shard(blocks, mesh=dp, ignored_params=ignored)
-    fully_shard(module, mesh=dp, ignored_params=ignored)
+        fully_shard(blocks, mesh=dp, ignored_params=ignored, shard_placement_fn=cut)
+    fully_shard(module, mesh=dp, ignored_params=ignored, shard_placement_fn=cut)
     sum_gradients(module)
 
 

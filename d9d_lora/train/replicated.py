@@ -8,8 +8,8 @@
     shard          2 m n S gathered, n S scattered              a scatter for each block            4 S
     replicate      2 T (an all-reduce is a scatter and gather)  1                                   4 T
 
-4 are the weight, its gradient and AdamW's two averages. From two shards on n S >= T and 2 m + 1 > 2: replicating always moves less,
-in fewer collectives. It costs memory alone, 4 (T - S), so that decides: `auto` replicates up to MOST.
+4 are the weight, its gradient and AdamW's two averages. n S >= T and 2 m + 1 > 2: replicating never moves more, in fewer collectives.
+It costs memory alone, 4 (T - S), so that decides: `auto` replicates up to MOST.
 See docs/design/0007-adapters-whole-or-sharded.md.
 """
 
@@ -74,10 +74,21 @@ def candidates_of(module: nn.Module) -> Iterable[nn.Parameter]:
     return (p for p in module.parameters() if p.requires_grad and (id(p) in factors or local_of(p).nbytes <= SMALL))
 
 
+def axis_to_cut(p: nn.Parameter, n: int) -> int:
+    """The dimension along which n shards have the least padding: FSDP2 pads the first one, and takes another if n divides it.
+
+    A trained factor `lora_A[r, I]` has r rows: along the first dimension, more than r ranks would move mostly padding.
+    """
+    shape = local_of(p).shape
+    possible = [d for d in range(len(shape)) if d == 0 or shape[d] % n == 0]
+    return min(possible, key=lambda d: -(-shape[d] // n) * n / max(shape[d], 1), default=0)
+
+
 def padded(p: nn.Parameter, n: int) -> int:
-    """Bytes of n shards of a parameter together: FSDP2 cuts the first dimension, and each rank has the same number of rows."""
-    rows, *others = local_of(p).shape or (1,)
-    return -(-rows // n) * n * math.prod(others) * p.element_size()
+    """Bytes of n shards of a trained parameter together."""
+    shape, d = list(local_of(p).shape or (1,)), axis_to_cut(p, n)
+    shape[d] = -(-shape[d] // n) * n
+    return math.prod(shape) * p.element_size()
 
 
 def is_over_data(p: nn.Parameter) -> bool:
