@@ -11,6 +11,7 @@ In a plain loop the module that was injected must be the one that is called: its
 checkpointing each forward must be followed by its backward, for a recomputed block reads the clock as it stands.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,12 +75,11 @@ class Mask(NamedTuple):
     size: int
     start: int
 
-    def keep(self, x: Tensor) -> Tensor:
-        """A copy of x in which what is dropped is zero; not scaled by 1 / (1 - p)."""
-        if type(x) is Tensor and not torch.compiler.is_compiling():
-            return _keep(x, *self)  # an operator written in Python costs more than a small mask
-        kept: Tensor = _keep_op(x, *self)
-        return kept
+    def keep(self, *xs: Tensor) -> list[Tensor]:
+        """Copies of tensors of one shape in which what is dropped is zero; not scaled by 1 / (1 - p)."""
+        if type(xs[0]) is Tensor and not torch.compiler.is_compiling():
+            return _keep(xs, *self)  # an operator written in Python costs more than a small mask
+        return [_keep_op(x, *self) for x in xs]
 
 
 class AdapterDropout(nn.Module):
@@ -145,16 +145,17 @@ def _(now: Tensor, key: int, p: float, size: int, device: torch.device) -> Tenso
 # -- which elements are kept -----------------------------------------------------------------------------------------------------------
 
 
-def _keep(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
-    generator = _generator(now, key, x.device)
-    return (_hashed if x.device.type == "cpu" else _drawn)(x, generator, p, size, start)
+def _keep(xs: Sequence[Tensor], now: Tensor, key: int, p: float, size: int, start: int) -> list[Tensor]:
+    generator = _generator(now, key, xs[0].device)
+    return (_hashed if xs[0].device.type == "cpu" else _drawn)(xs, generator, p, size, start)
 
 
-def _drawn(x: Tensor, generator: torch.Generator, p: float, size: int, start: int) -> Tensor:
+def _drawn(xs: Sequence[Tensor], generator: torch.Generator, p: float, size: int, start: int) -> list[Tensor]:
     """On an accelerator: one kernel draws the whole width, another one cuts and applies it."""
-    width = x.shape[-1]
-    kept = torch.empty((x.numel() // max(width, 1), size), dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
-    return torch.where(kept[:, start : start + width].reshape(x.shape), x, 0).contiguous()
+    shape, width = xs[0].shape, xs[0].shape[-1]
+    drawn = torch.empty((xs[0].numel() // max(width, 1), size), dtype=torch.bool, device=xs[0].device)
+    kept = drawn.bernoulli_(1 - p, generator=generator)[:, start : start + width].reshape(shape)
+    return [torch.where(kept, x, 0).contiguous() for x in xs]
 
 
 # On a CPU a generator has one core, and draws for every element take ten times as long as this hash, which uses all cores: a number of 16
@@ -168,29 +169,31 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 1 << 20  # elements at a time, so that the words stay in the cache
 
 
-def _hashed(x: Tensor, generator: torch.Generator, p: float, size: int, start: int) -> Tensor:
-    kept = x.clone(memory_format=torch.contiguous_format)
-    if not x.numel():
+def _hashed(xs: Sequence[Tensor], generator: torch.Generator, p: float, size: int, start: int) -> list[Tensor]:
+    kept = [x.clone(memory_format=torch.contiguous_format) for x in xs]
+    if not kept[0].numel():
         return kept
-    width, lanes = x.shape[-1], -(-size // _LANES)
-    bits = kept.view(-1, width).view(_INTEGERS[x.element_size()])
-    drawn = torch.empty(lanes + bits.shape[0], dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    width, lanes = kept[0].shape[-1], -(-size // _LANES)
+    bits = [x.view(-1, width).view(_INTEGERS[x.element_size()]) for x in kept]
+    n = bits[0].shape[0]
+    drawn = torch.empty(lanes + n, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     columns, rows = drawn[start // _LANES : -(-(start + width) // _LANES)], drawn[lanes:, None]
     bound = min(max(round((1 - p) * 2**16), 1), 2**16 - 1) - 2**15
     block = max(1, _BLOCK // width)
-    for at in range(0, bits.shape[0], block):
+    for at in range(0, n, block):
         words = rows[at : at + block] + columns
         for shift, factor in _MIX:
             words.bitwise_xor_(words >> shift).mul_(factor)
         numbers = words.view(torch.int16)[:, start % _LANES : start % _LANES + width]
-        # Below the bound all bits are one, from it on none.
-        bits[at : at + block].bitwise_and_(numbers.clamp(bound - 1, bound).sub_(bound).to(bits.dtype))
+        ones = numbers.clamp(bound - 1, bound).sub_(bound)  # below the bound all bits are one, from it on none
+        for x in bits:
+            x[at : at + block].bitwise_and_(ones.to(x.dtype))
     return kept
 
 
 @torch.library.custom_op("d9d_lora::keep", mutates_args=())
 def _keep_op(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
-    return _keep(x, now, key, p, size, start)
+    return _keep([x], now, key, p, size, start)[0]
 
 
 @_keep_op.register_fake

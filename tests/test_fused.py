@@ -40,7 +40,7 @@ def test_values_and_gradients_are_those_of_the_formula(dropout, frozen):
     for name in frozen:
         t[name].requires_grad_(False)
     mask = mask_of(t["x"]) if dropout else None
-    keep = mask.keep(torch.ones_like(t["x"])).bool() if dropout else None
+    keep = mask.keep(torch.ones_like(t["x"]))[0].bool() if dropout else None
     dy = torch.randn(2, N // 2, O, dtype=torch.float64)
     wanted = [value for value in t.values() if value.requires_grad]
     (y,) = fused.fused(t["x"], [fused.Reader((t["W"],), t["bias"], t["A"], t["B"])], S, mask)
@@ -56,7 +56,7 @@ def test_the_backward_draws_the_mask_of_its_forward_again():
     dropout = AdapterDropout(0.5, "layer", clock)
     clock.set(1)
     (y,) = fused.fused(t["x"], [fused.Reader((t["W"],), None, t["A"], t["B"])], S, dropout.mask(t["x"]))
-    keep = dropout.mask(t["x"]).keep(torch.ones_like(t["x"])).bool()
+    keep = dropout.mask(t["x"]).keep(torch.ones_like(t["x"]))[0].bool()
     clock.set(2)  # the clock has moved on
     (dA,) = torch.autograd.grad(y.sum(), t["A"])
     (expected,) = torch.autograd.grad(formula(**{**t, "bias": None}, keep=keep, p=0.5).sum(), t["A"])
@@ -150,14 +150,15 @@ def test_a_compiled_step_is_the_same_step():
 def test_a_mask_is_even_and_its_windows_are_windows_of_the_whole(monkeypatch, dtype, draw):
     monkeypatch.setattr(dropout_file, "_hashed", getattr(dropout_file, draw))  # `_drawn` is that of accelerators
     x, p, now = torch.ones(900, 1030, dtype=dtype), 0.3, torch.tensor(11)
-    kept = Mask(now, 5, p, 1030, 0).keep(x)
-    assert torch.equal(kept[:, 207:519], Mask(now, 5, p, 1030, 207).keep(x[:, 207:519]))
+    kept, twice = Mask(now, 5, p, 1030, 0).keep(x, 2 * x)
+    assert torch.equal(twice, 2 * kept)
+    assert torch.equal(kept[:, 207:519], Mask(now, 5, p, 1030, 207).keep(x[:, 207:519])[0])
     assert set(kept.unique().tolist()) == {0.0, 1.0}
     off = (kept.double() - (1 - p)) / (p * (1 - p)) ** 0.5
     assert abs(off.mean()) * off.numel() ** 0.5 < 4
     for sums in (off.sum(0) / 900**0.5, off.sum(1) / 1030**0.5):  # of columns, of rows
         assert sums.var() == pytest.approx(1, abs=0.2)
         assert sums.abs().max() < 5
-    other = Mask(now + 1, 5, p, 1030, 0).keep(x).double() - (1 - p)
+    other = Mask(now + 1, 5, p, 1030, 0).keep(x)[0].double() - (1 - p)
     for shifted in (off[1:] * off[:-1], off[:, 1:] * off[:, :-1], off[:, 4:] * off[:, :-4], off * other / (p * (1 - p)) ** 0.5):
         assert abs(shifted.sum()) / shifted.numel() ** 0.5 < 4

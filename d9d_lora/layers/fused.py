@@ -105,7 +105,7 @@ def mask_at(now: Tensor | None, drop: Any) -> Mask | None:
 def products(x: Tensor, readers: Sequence[Reader], scaling: float, mask: Mask | None) -> tuple[list[Tensor], Tensor]:
     """y of every reader, and z[N, R] of all."""
     rows = x.reshape(-1, x.shape[-1])
-    z = (rows if mask is None else mask.keep(rows)) @ _stacked(readers, x.dtype).T
+    z = (rows if mask is None else mask.keep(rows)[0]) @ _stacked(readers, x.dtype).T
     ys = []
     for r, z_r in zip(readers, z.split([r.A.shape[0] for r in readers], 1)):
         y = linear(x, r.restore(*r.weight), r.bias)
@@ -143,14 +143,16 @@ def gradients(
                 dx = dy @ W if dx is None else dx.addmm_(dy, W)
         places.append(at + 1)
         at += 3 + len(r.weight)
+    A, share = _stacked(readers, x.dtype), []
+    if mask is not None:
+        rows, *share = mask.keep(rows, *(() if dx is None else (u @ A,)))  # the mask is made once for both
+    if dx is not None:
+        dx = dx.add_(share[0], alpha=s) if share else dx.addmm_(u, A, alpha=s)
+        dx = dx.view_as(x)
     if any(wanted[i] for i in places):
-        dA = (u.T @ (rows if mask is None else mask.keep(rows))).to(readers[0].A.dtype).mul_(s)
+        dA = (u.T @ rows).to(readers[0].A.dtype).mul_(s)
         for i, part in zip(places, dA.split([r.A.shape[0] for r in readers])):
             grads[i] = part if wanted[i] else None
-    if dx is not None:
-        A = _stacked(readers, dx.dtype)
-        dx = dx.addmm_(u, A, alpha=s) if mask is None else dx.add_(mask.keep(u @ A), alpha=s)
-        dx = dx.view_as(x)
     return dx, grads
 
 
