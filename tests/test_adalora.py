@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.tensor.debug import CommDebugMode
 
 from d9d_lora import inject_peft_and_freeze, peft_method_from_config, placement
+from d9d_lora.measure import traffic
 from d9d_lora.methods import adalora
 from d9d_lora.methods.adalora import AdaLoRA, AdaLoRAConfig, AdaLoRAParameters
 from d9d_lora.placement import ReplicatedSum, full_of
@@ -130,11 +130,9 @@ def law_of_the_extra_loss(rank, layout_name):
     wake(reference), wake(model)
     expected = term_by_autograd(reference, PARAMS["orth_reg_weight"])
     expected.backward()
-    with CommDebugMode() as comms:
-        found = method.add_extra_loss(model)
+    found = method.add_extra_loss(model)
     torch.testing.assert_close(full_of(found), expected.detach())
     close(grads_of_some(model), grads_of_some(reference))
-    return comms.get_total_counts()
 
 
 def grads_of_some(model):
@@ -157,20 +155,32 @@ def test_at_the_least_value_the_gradient_is_zero():
     assert all(g.abs().max() == 0 for g in grads_of_some(model).values())
 
 
-def scores_traffic(rank, layout_name):
+def step_traffic(rank, layout_name):
+    """What travels for the method itself in a step without an allocation, and in one with."""
     layout = LAYOUTS[layout_name]
-    model, method = make("adalora", "linear", layout, params={**PARAMS, "tinit": 0, "deltaT": 1})
-    backward(model, layout, 0)
-    with CommDebugMode() as comms:
-        method.after_step(model, 1)
-    return {str(k): v for k, v in comms.get_comm_counts().items() if v}
+    model, method = make("adalora", "linear", layout, params={**PARAMS, "tinit": 0, "deltaT": 2})
+    found = []
+    for step in (1, 2):
+        backward(model, layout, step)
+        with traffic() as extra:
+            method.add_extra_loss(model)
+        with traffic() as after:
+            method.after_step(model, step)
+        found.append([(dict(t.count), dict(t)) for t in (extra, after)])
+    return found
 
 
-@pytest.mark.parametrize("layout,collectives", [("fsdp2", 1), ("tp2", 1), ("fsdp2_tp2", 2)])
-def test_scores_travel_in_one_sum_a_mesh_dimension_and_no_factor_is_gathered(pool, layout, collectives):
-    for counts in pool.run(LAYOUTS[layout].world, scores_traffic, layout):
-        assert sum(counts.values()) == collectives
-        assert all("allreduce" in name.replace("_", "") for name in counts), counts
+@pytest.mark.parametrize("layout,sums,gathers", [("fsdp2", 1, 1), ("fsdp4", 1, 1), ("tp2", 1, 0), ("fsdp2_tp2", 2, 1)])
+def test_scores_and_grams_travel_in_one_sum_a_mesh_dimension_and_idle_steps_send_no_score(pool, layout, sums, gathers):
+    layers, r, number = 4, PARAMS["init_r"], 8  # bytes in fp64
+    gram = {"all_reduce": sums * 2 * layers * r * r * number}
+    thin = r * 2 * (12 + 20 // LAYOUTS[layout].tp) * number  # A of two up and two down, all rows
+    for idle, allocates in pool.run(LAYOUTS[layout].world, step_traffic, layout):
+        for extra, _ in (idle, allocates):
+            assert extra[0] == {"all_reduce": sums} | ({"all_gather": gathers} if gathers else {})
+            assert extra[1] == gram | ({"all_gather": thin} if gathers else {})
+        assert idle[1] == ({}, {})
+        assert allocates[1] == ({"all_reduce": sums}, {"all_reduce": sums * layers * 3 * r * number})
 
 
 # -- the schedule, and what is refused ------------------------------------------------------------------------------------------------

@@ -12,25 +12,29 @@ to target_r a layer on average; the triplets of least importance get E_k = 0. Th
 A term of the loss holds A and B near orthogonal: orth_reg_weight times the mean over factors of |A A^T - 1|_F and |B^T B - 1|_F.
 
 [Note: one budget on every layout]
-S and U are placed as their factors are. A rank adds up the scores of its own boxes, and one flat sum over the mesh, of R numbers a
-layer, makes them whole and equal on all ranks: so all choose the same triplets. Gram matrices are summed in the same way; only
-where FSDP2 shards the letter R, which every row of A A^T needs, the thin A is gathered along it.
+S and U are placed as their factors are. A rank adds up the scores of its own boxes, and one flat sum over the mesh, of 3 R numbers a
+layer, makes them whole and equal on all ranks: so all choose the same triplets. That is all that an allocation sends, and other steps
+send nothing for S, U and masks. Gram matrices are summed in the same way; only where FSDP2 shards the letter R, which every row of
+A A^T needs, the thin A of all layers are gathered along it, in one collective.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.functional import pad
 
 from d9d_lora.adapters import AdapterConfig, AdapterMethod
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.method import InjectionError, PeftInjectionResult
-from d9d_lora.methods.delta import Delta, Draw, Parts
+from d9d_lora.methods.delta import Cost, Delta, Draw, Parts
 from d9d_lora.placement import box_of, full_of, local_of, sum_over_boxes
 from d9d_lora.walk import adapted_layers
 
@@ -134,6 +138,11 @@ class AdaLoRADelta(Delta):
 
     def start(self, factor: str, *, lookup: bool) -> Draw | None:
         return None if factor == "lora_E" else lambda w, g: w.normal_(0, 0.02, generator=g)
+
+    def cost(self, n: int, out: int, into: int) -> Cost:
+        """LoRA's, with E A kept as it was made."""
+        like = super().cost(n, out, into)
+        return like._replace(kept=like.kept + self.r * into)
 
     def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
         return f["lora_B"], f["lora_A"] * f["lora_E"]
@@ -282,7 +291,7 @@ class AdaLoRA(AdapterMethod[AdaLoRAConfig]):
         factors = [layer.factor(name) for layer in self.trained(module) for name in ("lora_A", "lora_B")]
         if not weight or not factors:
             return None
-        thin = [whole_along_rank(p, dim=i % 2) for i, p in enumerate(factors)]
+        thin = whole_along_rank(factors)
         # of A its rows, of B its columns: [R, this rank's part of the other letter]
         flat = [local_of(t) if i % 2 == 0 else local_of(t).T for i, t in enumerate(thin)]
         grams = sum_over_boxes([(t, x @ x.T) for t, x in zip(thin, flat)])
@@ -294,7 +303,7 @@ class AdaLoRA(AdapterMethod[AdaLoRAConfig]):
             slope = (gram @ x) * torch.where(norm > 0, 2 * weight / len(factors) / norm, 0)  # at the least value, 0 is a gradient
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            local_of(p.grad).add_(slope[box_of(p)[0]] if i % 2 == 0 else slope.T)
+            local_of(p.grad).add_(slope[box_of(p)[0]] if i % 2 == 0 else slope.T[:, box_of(p)[1]])
         return total * weight / len(factors)
 
     # -- what an export needs ------------------------------------------------------------------------------------------------
@@ -321,9 +330,25 @@ class AdaLoRA(AdapterMethod[AdaLoRAConfig]):
         return found
 
 
-def whole_along_rank(p: nn.Parameter, dim: int) -> Tensor:
-    """A factor gathered along its letter R, which is dimension `dim`, where it is sharded there."""
-    t = p.detach()
-    if not isinstance(t, DTensor) or not any(s.is_shard(dim) for s in t.placements):
-        return t
-    return t.redistribute(placements=[Replicate() if s.is_shard(dim) else s for s in t.placements])
+def whole_along_rank(factors: Sequence[Tensor]) -> list[Tensor]:
+    """lora_A and lora_B in turn, each gathered along its letter R where it is sharded there. All travel in one flat all-gather."""
+    whole = [p.detach() for p in factors]
+    buckets: dict[tuple[DeviceMesh, int, torch.dtype], list[int]] = {}
+    for i, p in enumerate(whole):
+        if isinstance(p, DTensor):
+            for dim in (k for k, s in enumerate(p.placements) if s.is_shard(i % 2)):  # R is dimension 0 of A, 1 of B
+                buckets.setdefault((p.device_mesh, dim, p.dtype), []).append(i)
+    for (mesh, dim, _), members in buckets.items():
+        n = mesh.size(dim)
+        local = [whole[i].to_local().transpose(0, i % 2) for i in members]  # type: ignore[attr-defined]
+        rows = [whole[i].shape[i % 2] for i in members]
+        padded = [pad(t, (0, 0, 0, -(-r // n) - t.shape[0])) for t, r in zip(local, rows)]
+        flat = torch.cat([t.reshape(-1) for t in padded])
+        found = flat.new_empty(n, flat.numel())
+        dist.all_gather_into_tensor(found.view(-1), flat, group=mesh.get_group(dim))
+        for i, r, t, part in zip(members, rows, padded, found.split([t.numel() for t in padded], 1)):
+            p = whole[i]
+            placements = [Replicate() if k == dim else s for k, s in enumerate(p.placements)]  # type: ignore[attr-defined]
+            together = part.reshape(-1, t.shape[1])[:r].transpose(0, i % 2)
+            whole[i] = DTensor.from_local(together, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
+    return whole

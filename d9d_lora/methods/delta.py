@@ -15,7 +15,7 @@ and the delta takes what it needs of it by `rows` and `cols`.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -53,6 +53,18 @@ class Geometry:
     lookup: bool = False
     quantised: bool = False
     stack: int = 0
+
+
+class Cost(NamedTuple):
+    """What n inputs cost, forward and backward, beyond the frozen layer they pass; `tests/test_costs.py` counts the same.
+
+    Attributes:
+        flops: Of the matrix products.
+        kept: Numbers that autograd keeps for the backward beside the layer's input and the parameters.
+    """
+
+    flops: int
+    kept: int
 
 
 class Parts(dict[str, Tensor]):
@@ -123,6 +135,11 @@ class Delta(ABC):
     def start_from(self, weight: "Thin", f: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole starting values of factors that follow from the base weight; `f` are the whole factors as `start` left them."""
         return {}
+
+    def cost(self, n: int, out: int, into: int) -> Cost:
+        """Of n inputs of a linear layer [out, into] in fp32. Here that of LoRA: six products of rank R, and drop(x) A^T kept."""
+        r = self.sizes(out, into)["R"]
+        return Cost(3 * 2 * n * r * (out + into), n * r)
 
     # -- the update ----------------------------------------------------------------------------------------------------------
 

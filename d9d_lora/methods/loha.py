@@ -12,7 +12,8 @@ hada_w*_b are [R,C] over the C input channels, and B1[R,I] is hada_t1 times hada
 The elementwise product of two products of rank R is one product of rank R^2 (rows of A1 times rows of A2, columns of B1 times
 columns of B2). For n inputs it costs n R^2 (O + I) multiplications; building dW costs O I (n + 2R). The cheaper one is taken. For many
 inputs they break even at R^2 = O I / (O + I): R = 45 for 4096 x 4096. Below that the R^2 numbers of an input are fewer than its I or O.
-The dense way keeps nothing of size O I for the backward, and builds it again there. `factors` is for many inputs.
+The dense way keeps nothing of size O I for the backward, and builds it again there. `factors` is for many inputs; where the product is
+the cheaper way for any number of them, it takes LoRA's step at rank R^2.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from d9d_lora.adapters import AdapterConfig, AdapterMethod, Site
 from d9d_lora.method import InjectionError
-from d9d_lora.methods.delta import Draw, Parts
+from d9d_lora.methods.delta import Cost, Draw, Parts
 from d9d_lora.methods.drops import Drops, DropsParameters, core, kaiming
 
 
@@ -71,6 +72,19 @@ class LoHaDelta(Drops):
 
     # -- the update --------------------------------------------------------------------------------------------------------
 
+    @property
+    def thin(self) -> bool:  # type: ignore[override]
+        """[Note: product or dense]"""
+        return self.geometry is not None and product_is_cheaper(1 << 30, self.geometry.out, self.geometry.into, self.r)
+
+    def cost(self, n: int, out: int, into: int) -> Cost:
+        """[Note: product or dense] LoRA's at rank R^2, with both factors kept as they were made; or twice both products of rank R and what
+        they take in the backward, and three products with dW itself."""
+        rank = self.r**2
+        if product_is_cheaper(n, out, into, self.r):
+            return Cost(6 * n * rank * (out + into), (n + out + into) * rank)
+        return Cost(4 * 2 * 2 * out * self.r * into + 3 * 2 * n * out * into, 0)
+
     def two(self, f: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A1[O,R], B1[R,I], A2[O,R], B2[R,I] of the box; what drops rows drops those of A1."""
         A1, B1, A2, B2 = f["hada_w1_a"], f["hada_w1_b"], f["hada_w2_a"], f["hada_w2_b"]
@@ -81,7 +95,7 @@ class LoHaDelta(Drops):
         return A1 if gate is None else A1 * gate[:, None], B1, A2, B2
 
     def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
-        if not product_is_cheaper(1 << 30, f.rows.stop - f.rows.start, f.cols.stop - f.cols.start, self.r):
+        if not self.thin:
             raise NotImplementedError(f"{self}: a product of rank r^2 costs more than building dW; ask for `dense`, `apply` or `look_up`")
         return self.product(f)
 

@@ -12,6 +12,11 @@ The sum over i and the R columns of B_i is one product of inner size n R. PEFT's
 the other side with R before i. The same order is kept here, so that adapters can be exchanged. As the columns of B are all drawn
 alike, this only names the random columns differently than the formula.
 
+[Note: what RandLoRA costs]
+n R is not less than m, so the two products are no thin ones: forward and backward take five of the size of W's (of LoRA's six, that for
+the gradient of the frozen base is left out). Their matrices, A scaled and B in the dtype of the input, are as large as W too. They are
+not kept for the backward but made again, which costs no product: so this is a step of its own, and not the fused one of LoRA.
+
 Albert et al. 2025, arXiv:2502.00987.
 """
 
@@ -24,11 +29,12 @@ from typing import ClassVar, Literal, Self
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from d9d_lora.adapters import AdapterConfig, AdapterMethod
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.layers.shared import SharedFactor
-from d9d_lora.methods.delta import Delta, Draw, Geometry, Parts
+from d9d_lora.methods.delta import Cost, Delta, Draw, Geometry, Parts
 
 Sparsity = Literal["dense", "sparse", "very_sparse"]
 
@@ -96,6 +102,7 @@ class RandLoRADelta(Delta):
     sparsity: Sparsity = "dense"
     save_projection: bool = True
     kind = "randlora"
+    full_precision = frozenset({"randlora_A", "randlora_B"})  # they are cut to the layer first, and cast then
     shared: ClassVar[Mapping[str, str]] = {"randlora_A": "RUM", "randlora_B": "LKR"}  # M, L: the largest sizes; U = 1
 
     @property
@@ -115,14 +122,26 @@ class RandLoRADelta(Delta):
     def start(self, factor: str, *, lookup: bool) -> Draw | None:
         return None if factor == "randlora_lambda" else lambda w, g: w.fill_(1 / max(w.shape))
 
-    def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
+    def cost(self, n: int, out: int, into: int) -> Cost:
+        """[Note: what RandLoRA costs] Of a wide layer the gradient of A takes x B^T, which is kept."""
+        k = self.r * bases(min(out, into), self.r)
+        return Cost(2 * n * k * (2 * (out + into) + min(out, into)), n * k if self.wide else 0)
+
+    def bases_here(self, f: Parts) -> tuple[Tensor, Tensor]:
+        """A[R,m] and B[M,n,R] for the box, as they are held."""
         short, long = (f.rows, f.cols) if self.wide else (f.cols, f.rows)
-        lam, gamma = f["randlora_lambda"], f["randlora_gamma"]
-        # lambda and gamma first: autograd then keeps them and the shared base, and no other tensor of A's scaled size
-        A = f["randlora_A"][:, :, short] * (lam.unsqueeze(2) * gamma.unsqueeze(0))
-        A = A.flatten(0, 1)  # [R N, m]
-        B = f["randlora_B"][long, : lam.shape[1]].flatten(1).to(A.dtype)  # [M, N R]  [Note: the order of the bases]
+        return f["randlora_A"][:, 0, short], f["randlora_B"][long, : f["randlora_lambda"].shape[1]]
+
+    def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
+        base_A, base_B = self.bases_here(f)
+        A, B = scaled(base_A, f["randlora_lambda"], f["randlora_gamma"]), base_B.flatten(1).to(f["randlora_gamma"].dtype)
         return (A.T, B.T) if self.wide else (B, A)
+
+    def apply(self, x: Tensor, f: Parts) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return super().apply(x, f)
+        y: Tensor = _Sum.apply(x, *self.bases_here(f), f["randlora_lambda"], f["randlora_gamma"], self.wide, self.scaling)
+        return y
 
     def __str__(self) -> str:
         return f"{self.kind} r={self.r} alpha={self.alpha:g}"
@@ -131,6 +150,36 @@ class RandLoRADelta(Delta):
 def bases(smaller: int, r: int) -> int:
     """How many bases of rank r give full rank."""
     return -(-smaller // r)
+
+
+def scaled(base: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
+    """diag(lambda_i) A diag(gamma_i) for all i: A[R,m], lambda[R,n], gamma[n,m] -> [R n, m]."""
+    # lambda and gamma first: autograd then keeps them and the shared base, and no other tensor of the scaled size
+    return (base.to(lam.dtype).unsqueeze(1) * (lam.unsqueeze(2) * gamma)).flatten(0, 1)
+
+
+class _Sum(torch.autograd.Function):
+    """s x A^T B^T for x[..., m], or s x B A for x[..., M], where A[n R, m] is `scaled` and B[M, n R]. [Note: what RandLoRA costs]"""
+
+    @staticmethod
+    def forward(ctx, x, base_A, base_B, lam, gamma, wide, s):  # type: ignore[no-untyped-def]
+        rows, B, A = x.reshape(-1, x.shape[-1]), base_B.flatten(1).to(x.dtype), scaled(base_A, s * lam, gamma)
+        z = rows @ (B if wide else A.T)
+        ctx.save_for_backward(z if wide else x, base_A, base_B, lam, gamma)
+        ctx.wide, ctx.s, ctx.shape = wide, s, x.shape
+        return (z @ (A if wide else B.T)).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        kept, base_A, base_B, lam, gamma = ctx.saved_tensors
+        dy, kept = dy.reshape(-1, dy.shape[-1]), kept.reshape(-1, kept.shape[-1])
+        B, A = base_B.flatten(1).to(dy.dtype), scaled(base_A, ctx.s * lam, gamma)
+        u = dy @ (A.T if ctx.wide else B)
+        dx = (u @ (B.T if ctx.wide else A)).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        dA = kept.T @ dy if ctx.wide else u.T @ kept
+        slope = ctx.s * dA.unflatten(0, lam.shape) * base_A.to(dA.dtype).unsqueeze(1)  # of lambda gamma, [R, n, m]
+        return dx, None, None, (slope * gamma).sum(2), (slope * lam.unsqueeze(2)).sum(0), None, None
 
 
 class RandLoRA(AdapterMethod[RandLoRAConfig]):

@@ -5,6 +5,8 @@ largest logits:
 
     block = sum_k softmax(top-K logits)_k bank[which_k]      logits_A [R, I/V, N], logits_B [O/V, R, N]
 
+A and B are put together anew in every forward and take LoRA's step from there; of the blocks nothing of length V is kept.
+
 All layers share the bank. There is no scale. At the start logits are normal and the bank is uniform in a small bound, so dW is small
 but not zero; a bank of zeros would get no gradient.
 
@@ -20,13 +22,13 @@ from typing import ClassVar, Literal, Self
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding_bag
 
 from d9d_lora.adapters import AdapterConfig, AdapterMethod
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.layers.base import adapter_dtype
 from d9d_lora.layers.shared import SharedFactor
-from d9d_lora.methods.delta import Delta, DoesNotFit, Draw, Geometry, Parts
+from d9d_lora.methods.delta import Cost, Delta, DoesNotFit, Draw, Geometry, Parts
 from d9d_lora.placement import box_of, full_of, local_of
 
 BANK = "vblora_vector_bank"
@@ -93,6 +95,7 @@ class VBLoRADelta(Delta):
     bank_bound: float = 0.02
     kind = "vblora"
     scaling = 1.0
+    thin = True
     axes = {"vblora_logits_A": "RJN", "vblora_logits_B": "PRN"}
     shared: ClassVar[Mapping[str, str]] = {BANK: "NV"}
     full_precision = frozenset(axes)  # rounding would choose other vectors than a merge does
@@ -114,6 +117,11 @@ class VBLoRADelta(Delta):
     def start(self, factor: str, *, lookup: bool) -> Draw | None:
         return lambda w, g: w.normal_(0, self.logits_std, generator=g)
 
+    def cost(self, n: int, out: int, into: int) -> Cost:
+        """LoRA's, with A and B kept too, and of each block K weights, and 2 K + 1 numbers of 8 bytes that say which vectors."""
+        like, blocks = super().cost(n, out, into), self.r * (out + into) // self.vector_length
+        return like._replace(kept=like.kept + self.r * (out + into) + blocks * (self.topk + 2 * (2 * self.topk + 1)))
+
     def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
         if self.chosen and f.dropout is not None and torch.is_grad_enabled():
             raise RuntimeError(
@@ -130,7 +138,8 @@ class VBLoRADelta(Delta):
         """[..., N] -> [..., V]."""
         top, which = logits.topk(self.topk, dim=-1)
         weights = top.softmax(-1).to(bank.dtype)
-        return (weights.unsqueeze(-1) * embedding(which, bank)).sum(-2)
+        flat = embedding_bag(which.flatten(0, -2), bank, mode="sum", per_sample_weights=weights.flatten(0, -2))
+        return flat.unflatten(0, which.shape[:-1])  # in one step: autograd would keep the chosen vectors of every block
 
     def __str__(self) -> str:
         return f"{self.kind} r={self.r} {self.topk} of {self.num_vectors} x {self.vector_length}"

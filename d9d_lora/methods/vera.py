@@ -4,6 +4,9 @@ The shared A[R,Imax] and B[Omax,R] have the largest sizes of all adapted layers;
 rows of B. They are drawn from `projection_prng_key`, as PEFT draws them on a CPU: uniform in +-sqrt(6 / columns). At the start b = 0
 and d is a constant, so dW = 0.
 
+It is LoRA's step with A as it is and b B d in the place of B: both vectors get their gradients from that of the one matrix, [O,R], so
+neither the input of A nor the output of B is kept for them, and the frozen A costs no product. Five products of rank R.
+
 Kopiczko et al. 2023, arXiv:2310.11454.
 """
 
@@ -16,13 +19,12 @@ from typing import ClassVar, Literal, Self
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torch.nn.functional import embedding, linear
 
 from d9d_lora.adapters import AdapterConfig, AdapterMethod
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.layers.base import adapter_dtype
 from d9d_lora.layers.shared import SharedFactor
-from d9d_lora.methods.delta import Delta, Draw, Parts
+from d9d_lora.methods.delta import Cost, Delta, Draw, Parts
 
 
 class VeRAParameters(BaseModel):
@@ -61,7 +63,7 @@ class VeRAConfig(AdapterConfig):
 
 @dataclass(frozen=True)
 class VeRADelta(Delta):
-    """dW = diag(lambda_b) B diag(lambda_d) A. The products with vectors are put on the activations, which are smaller.
+    """dW = diag(lambda_b) B diag(lambda_d) A.
 
     Attributes:
         key, save_projection: From what A and B are drawn, and whether a PEFT directory holds them.
@@ -74,6 +76,8 @@ class VeRADelta(Delta):
     save_projection: bool = True
     kind = "vera"
     scaling = 1.0
+    thin = True
+    full_precision = frozenset({"vera_A", "vera_B"})  # they are cut to the layer first, and cast then
     axes = {"vera_lambda_b": "O", "vera_lambda_d": "R"}
     shared: ClassVar[Mapping[str, str]] = {"vera_A": "RM", "vera_B": "LR"}  # L, M: the largest sizes
 
@@ -83,18 +87,15 @@ class VeRADelta(Delta):
     def start(self, factor: str, *, lookup: bool) -> Draw | None:
         return None if factor == "vera_lambda_b" else lambda w, g: w.fill_(self.d_initial)
 
+    def cost(self, n: int, out: int, into: int) -> Cost:
+        """Five products: A has no gradient. Kept are x A^T, and b B d as it was made."""
+        return Cost(2 * n * self.r * (3 * out + 2 * into), n * self.r + out * self.r)
+
     def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
-        A, B = f["vera_A"][:, f.cols], f["vera_B"][f.rows]
-        return f["vera_lambda_b"].unsqueeze(1) * B, f["vera_lambda_d"].unsqueeze(1) * A
-
-    def apply(self, x: Tensor, f: Parts) -> Tensor:
-        return self._up(linear(x, f["vera_A"][:, f.cols]), f)
-
-    def look_up(self, ids: Tensor, f: Parts, *, padding: int | None = None) -> Tensor:
-        return self._up(embedding(ids, f["vera_A"][:, f.cols].T), f)
-
-    def _up(self, h: Tensor, f: Parts) -> Tensor:
-        return linear(h * f["vera_lambda_d"], f["vera_B"][f.rows]) * f["vera_lambda_b"]
+        # the small outer product first: autograd then keeps b, d and the shared base, and no other tensor of B's size
+        d = f["vera_lambda_d"]
+        B = f["vera_B"][f.rows].to(d.dtype) * (f["vera_lambda_b"].unsqueeze(1) * d)
+        return B, f["vera_A"][:, f.cols].to(d.dtype)
 
     def __str__(self) -> str:
         return f"{self.kind} r={self.r}"
