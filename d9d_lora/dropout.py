@@ -97,6 +97,15 @@ class AdapterDropout(nn.Module):
         self.window: tuple[int, int] | None = None
         self.key = key_of(name)
 
+    @property
+    def key(self) -> int:
+        return self._key
+
+    @key.setter
+    def key(self, key: int) -> None:
+        self._key = key
+        self._placed_key = torch.tensor(key, device="cpu")  # [Note: one graph for all layers]
+
     def forward(self, x: Tensor) -> Tensor:
         if self.p == 0 or not self.training:
             return x
@@ -109,13 +118,21 @@ class AdapterDropout(nn.Module):
         """The mask of an input; needs the clock."""
         assert self.clock is not None
         size, start = self.window or (x.shape[-1], 0)
-        return Mask(self.clock.now, self.key, self.p, size, start)
+        now, key = self._time_and_key(self.clock)
+        return Mask(now, key, self.p, size, start)
+
+    def _time_and_key(self, clock: Clock) -> tuple[Tensor, int]:
+        """[Note: one graph for all layers] A compiled graph takes a number of a module for a constant, and a tensor for an input. With a
+        key for each layer it would be compiled anew for each, and given up after eight. So there the key is mixed into the time."""
+        if not torch.compiler.is_compiling():
+            return clock.now, self.key
+        return torch.where(clock.now == 0, 0, clock.now ^ self._placed_key), 0  # a time of 0 stays one: `_generator` refuses it
 
     def draw(self, what: str, size: int, p: float, device: torch.device) -> Tensor:
         """`size` booleans, each True with probability 1 - p: a function of (layer name, clock, what), and of nothing else."""
         if self.clock is None:
             return torch.rand(size, device=device) >= p
-        return _some(self.clock.now, key_of(self.key, what), p, size, device)
+        return _some(self.clock.now, self._placed_key, what, p, size, device)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -133,12 +150,13 @@ def _generator(now: Tensor, key: int, device: torch.device) -> torch.Generator:
 
 
 @torch.library.custom_op("d9d_lora::some", mutates_args=())
-def _some(now: Tensor, key: int, p: float, size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=_generator(now, key, device))
+def _some(now: Tensor, key: Tensor, what: str, p: float, size: int, device: torch.device) -> Tensor:
+    generator = _generator(now, key_of(int(key), what), device)
+    return torch.empty(size, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=generator)
 
 
 @_some.register_fake
-def _(now: Tensor, key: int, p: float, size: int, device: torch.device) -> Tensor:
+def _(now: Tensor, key: Tensor, what: str, p: float, size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.bool, device=device)
 
 

@@ -4,27 +4,41 @@
     python launch/bench.py shapes=8b ranks=8,16,64,256 dtypes=float32,bfloat16 dropouts=0,0.05 targets=all,qv output=docs
 
 The floor is the same block with its base frozen and no adapter: forward, and the backward for its input alone. Steps are timed in
-turn, one of each contender after another, and a ratio is of two steps of the same turn. Counts are exact.
+turn, one of each contender after another, and a ratio is of two steps of the same turn. Counts are exact. What a contender allocates is
+counted by the storages that a step makes, so workspaces of kernels are not in it.
+
+`layouts=fsdp2,tp3` counts, and times nothing: one process stands for rank 0 of that many, on torch's fake process group.
 """
 
 import copy
 import gc
+import re
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from d9d_lora import inject_peft_and_freeze, peft_method_from_config
 from d9d_lora.keyvalue import Key, UsageError, run
 from d9d_lora.measure import flops, saved_bytes
+from d9d_lora.placement import ReplicatedSum
+from d9d_lora.plan.ledger import Ledger
+from d9d_lora.walk import adapted_layers
 
 KEYS = {
     "shapes": Key("linear (one 4096 x 4096 layer), smollm2, 8b: one decoder block of that shape", "linear,smollm2"),
@@ -35,6 +49,7 @@ KEYS = {
     "tokens": Key("tokens of a step", "1024"),
     "turns": Key("timed steps of each contender", "7"),
     "contenders": Key("names, comma-separated; without it all whose package is installed", ""),
+    "layouts": Key("single (timed), and fsdpN or tpN, of which collectives are counted on fake ranks", "single"),
     "device": Key("where", "cuda" if torch.cuda.is_available() else "cpu"),
     "output": Key("folder for benchmarks.md and benchmarks.svg; without it nothing is written", ""),
 }
@@ -185,6 +200,19 @@ class Row:
     to_peft: list[float]
     saved: int  # bytes beyond the floor
     extra: int  # FLOPs beyond the floor
+    peak: int  # bytes of what a step makes, at the most
+
+
+@dataclass
+class Counted:
+    """Of one step, on rank 0 of a layout."""
+
+    setting: Setting
+    layout: str
+    name: str
+    collectives: int
+    travelled: int  # bytes: whole buffers, as in the plan
+    peak: int
 
 
 def measure(s: Setting, names: list[str], tokens: int, turns: int, device: torch.device) -> Iterator[Row]:
@@ -194,9 +222,10 @@ def measure(s: Setting, names: list[str], tokens: int, turns: int, device: torch
     dy = torch.randn_like(x)
     models = {name: CONTENDERS[name](sharing(base), s).train() for name in names}
     known = [p for m in models.values() for p in m.parameters()]
-    saved, work = {}, {}
+    saved, work, peaks = {}, {}, {}
     for name, model in models.items():
         wake(model)
+        peaks[name] = ledger_of(lambda: step(model, x, dy), None).peak  # noqa: B023
         saved[name] = saved_bytes(lambda: model(x), [*known, *model.buffers()])  # noqa: B023
         work[name] = flops(lambda: step(model, x, dy))  # noqa: B023
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -208,7 +237,72 @@ def measure(s: Setting, names: list[str], tokens: int, turns: int, device: torch
                 times[name].append(seconds)
     for name in names:
         ratios, to_peft = ([a / b for a, b in zip(times[name], times[other])] for other in ("floor", PEFT if PEFT in names else "floor"))
-        yield Row(s, name, ratios, to_peft, saved[name] - saved["floor"], work[name] - work["floor"])
+        yield Row(s, name, ratios, to_peft, saved[name] - saved["floor"], work[name] - work["floor"], peaks[name])
+
+
+def ledger_of(act: Callable[[], None], mesh: DeviceMesh | None) -> Ledger:
+    """What one step sends and makes."""
+    act()  # what is made once, by the first
+    with Ledger(mesh) as ledger:
+        act()
+        gc.collect()  # what the step before left in cycles would be freed in the midst of this one
+        ledger.mark()
+        before = ledger.live
+        act()
+    ledger.peak -= before
+    return ledger
+
+
+# -- counting on fake ranks ---------------------------------------------------------------------------------------------------------
+
+
+COLUMN, ROW = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+
+
+def count(s: Setting, layout: str, names: list[str], tokens: int, device: torch.device) -> Iterator[Counted]:
+    """Rank 0's step of every contender that runs on the layout; the sum of replicated factors is the trainer's."""
+    kind = "fsdp" if layout.startswith("fsdp") else "tp"
+    ranks = int(layout.removeprefix(kind))
+    with fake_ranks(ranks):
+        mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("dp_shard" if kind == "fsdp" else "tp",))
+        for name in names:
+            torch.manual_seed(0)
+            block = Block(s.shape, tokens).to(device, getattr(torch, s.dtype)).requires_grad_(False).train()
+            x = torch.randn(1, tokens, block.size, device=device, dtype=getattr(torch, s.dtype), requires_grad=True)
+            dy = torch.randn_like(x)
+            try:
+                if kind == "tp":
+                    parallelize_module(block, mesh, plan_of(block, s))
+                    block.requires_grad_(False)
+                model = CONTENDERS[name](block, s).train()
+                if kind == "fsdp":
+                    fully_shard(model, mesh=mesh)
+                total = ReplicatedSum(adapted_layers(model))
+                ledger = ledger_of(lambda: step(model, x, dy, total), mesh)  # noqa: B023
+            except Exception as error:  # a peer that has no way for this layout; told, and not counted
+                print(f"without {name} on {layout}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+                if name in ("floor", "d9d_lora"):
+                    raise
+                continue
+            yield Counted(s, layout, name, sum(ledger.count.values()), sum(ledger.traffic.values()), ledger.peak)
+
+
+def plan_of(block: nn.Module, s: Setting) -> dict[str, Any]:
+    """As decoders are split: columns first, rows after; one linear layer alone gives its output back whole."""
+    whole = ColwiseParallel(output_layouts=Replicate()) if s.shape == "linear" else ColwiseParallel()
+    linear = [name for name, m in block.named_modules() if isinstance(m, nn.Linear)]
+    plan: dict[str, Any] = {name: whole for name in linear if name.endswith(COLUMN)}
+    return plan | {name: RowwiseParallel() for name in linear if name.endswith(ROW)}
+
+
+@contextmanager
+def fake_ranks(n: int) -> Iterator[None]:
+    """This process is rank 0 of n; nothing travels, and what the others would have sent is not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def wake(model: nn.Module) -> None:
@@ -219,8 +313,10 @@ def wake(model: nn.Module) -> None:
                 p.normal_(std=0.01)
 
 
-def step(model: nn.Module, x: Tensor, dy: Tensor) -> None:
+def step(model: nn.Module, x: Tensor, dy: Tensor, total: ReplicatedSum | None = None) -> None:
     model(x).backward(dy)
+    if total is not None:
+        total.reduce()
     for p in [x, *model.parameters()]:
         p.grad = None
 
@@ -259,10 +355,18 @@ def line(row: Row, tokens: int) -> str:
     s = row.setting
     extra = f"{row.extra / six_products(s, tokens):.2f}"
     cells = [s.shape, s.targets, str(s.rank), s.dtype, f"{s.dropout:g}", row.name, spread(row.ratios), spread(row.to_peft)]
-    return "| " + " | ".join([*cells, f"{row.saved / 2**20:.2f}", extra]) + " |"
+    return "| " + " | ".join([*cells, f"{row.saved / 2**20:.2f}", f"{row.peak / 2**20:.1f}", extra]) + " |"
 
 
-HEAD = """| block | targets | r | base | dropout | | step / floor | step / PEFT | MiB saved over it | FLOPs over it, six products = 1 |
+def counted_line(row: Counted) -> str:
+    s = row.setting
+    cells = [s.shape, s.targets, str(s.rank), s.dtype, f"{s.dropout:g}", row.layout, row.name, str(row.collectives)]
+    return "| " + " | ".join([*cells, f"{row.travelled / 2**20:.2f}", f"{row.peak / 2**20:.1f}"]) + " |"
+
+
+HEAD = """| block | targets | r | base | dropout | | step / floor | step / PEFT | MiB kept over it | MiB peak | FLOPs over it, of six |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+COUNTED = """| block | targets | r | base | dropout | layout | | collectives | MiB in them | MiB peak |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
@@ -272,16 +376,39 @@ def main(arguments: dict[str, str]) -> None:
         raise UsageError(f"shapes={unknown}: expected some of linear, {', '.join(SHAPES)}")
     tokens, turns, device = int(arguments["tokens"]), int(arguments["turns"]), torch.device(arguments["device"])
     names = present(arguments["contenders"].split(",") if arguments["contenders"] else list(CONTENDERS))
+    layouts = arguments["layouts"].split(",")
+    if unknown := [x for x in layouts if x != "single" and not re.fullmatch("(fsdp|tp)[1-9][0-9]*", x)]:
+        raise UsageError(f"layouts={unknown}: expected single, or fsdp or tp with a number of ranks, as in fsdp2,tp3")
+    settings = [
+        Setting(shape, int(rank), dtype, float(dropout), where)
+        for shape, where, dtype, rank, dropout in product(*(listed[k] for k in ("shapes", "targets", "dtypes", "ranks", "dropouts")))
+    ]
+    for s, layout in product(settings, layouts):
+        check_heads(s.shape, layout)
     rows: list[Row] = []
-    print(HEAD, flush=True)
-    for shape, where, dtype, rank, dropout in product(*(listed[k] for k in ("shapes", "targets", "dtypes", "ranks", "dropouts"))):
-        s = Setting(shape, int(rank), dtype, float(dropout), where)
-        for row in measure(s, names, tokens, turns, device):
-            rows.append(row)
-            print(line(row, tokens), flush=True)
-        gc.collect()
+    if "single" in layouts:
+        print(HEAD, flush=True)
+        for s in settings:
+            for row in measure(s, names, tokens, turns, device):
+                rows.append(row)
+                print(line(row, tokens), flush=True)
+            gc.collect()
+    counts: list[Counted] = []
+    if parallel := [x for x in layouts if x != "single"]:
+        print(f"\n{COUNTED}", flush=True)
+        for s, layout in product(settings, parallel):
+            for counted in count(s, layout, names, tokens, device):
+                counts.append(counted)
+                print(counted_line(counted), flush=True)
     if arguments["output"]:
-        write(rows, tokens, turns, Path(arguments["output"]), device)
+        if not rows:
+            raise UsageError("output= wants the timed rows too: put single among the layouts")
+        write(rows, counts, tokens, turns, Path(arguments["output"]), device)
+
+
+def check_heads(shape: str, layout: str) -> None:
+    if layout.startswith("tp") and shape in SHAPES and SHAPES[shape][3] % int(layout[2:]):
+        raise UsageError(f"layouts={layout}: {shape} has {SHAPES[shape][3]} key-value heads, which tensor parallelism must divide")
 
 
 def present(names: list[str]) -> list[str]:
@@ -299,7 +426,7 @@ def present(names: list[str]) -> list[str]:
     return found
 
 
-def write(rows: list[Row], tokens: int, turns: int, folder: Path, device: torch.device) -> None:
+def write(rows: list[Row], counts: list[Counted], tokens: int, turns: int, folder: Path, device: torch.device) -> None:
     from matplotlib.figure import Figure
 
     told = " ".join(shlex.quote(a) for a in sys.argv[1:] if not a.startswith("output="))
@@ -307,6 +434,9 @@ def write(rows: list[Row], tokens: int, turns: int, folder: Path, device: torch.
     text = ["# Benchmarks", "", f"Written by `python launch/bench.py {told}`: torch {torch.__version__}, {machine}."]
     text += [f"A step is the forward and backward of one block with {tokens} tokens; {turns} turns; median, and quartiles in brackets.", ""]
     text += ["![Step time over the floor](benchmarks.svg)", "", HEAD, *(line(row, tokens) for row in rows)]
+    if counts:
+        text += ["", "Counted on rank 0 of fake ranks; bytes are those of whole buffers, and the sum of replicated factors is in them.", ""]
+        text += [COUNTED, *map(counted_line, counts)]
     (folder / "benchmarks.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     settings = list(dict.fromkeys(row.setting for row in rows))
     figure = Figure(figsize=(10, 1 + 0.5 * len(settings)), layout="constrained")

@@ -64,3 +64,19 @@ def test_the_bench_measures_ours_beside_the_floor(capsys):
     assert rows["d9d_lora"].saved in (z, z + x)  # x is the caller's own here
     assert rows["d9d_lora"].extra == bench.six_products(setting, 4)
     assert "1.00" in bench.line(rows["d9d_lora"], 4)
+    y, dx, factors = x, x, 2 * 2 * 4096 * 4
+    assert rows["floor"].peak == y + dx
+    assert rows["d9d_lora"].peak >= y + dx + factors
+
+
+def test_the_bench_counts_on_fake_ranks_what_real_ones_send():
+    s, tokens, number = bench.Setting("smollm2", 4, "float32", 0.0, "qv"), 8, 4
+    cpu = torch.device("cpu")
+    found = {(layout, c.name): c for layout in ("fsdp2", "tp3") for c in bench.count(s, layout, ["floor", "d9d_lora"], tokens, cpu)}
+    assert not dist.is_initialized()
+    floor, ours = found["tp3", "floor"], found["tp3", "d9d_lora"]
+    assert floor.travelled == floor.collectives * tokens * 576 * number
+    assert (ours.collectives, ours.travelled - floor.travelled) == (floor.collectives + 1, 2 * 4 * 576 * number)  # A, once a step
+    floor, ours = found["fsdp2", "floor"], found["fsdp2", "d9d_lora"]
+    factors = 4 * (576 + 576 + 576 + 192) * number
+    assert (ours.collectives, ours.travelled - floor.travelled) == (floor.collectives + 1, 3 * factors)  # gathered twice, scattered once

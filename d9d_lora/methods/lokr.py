@@ -158,7 +158,8 @@ class LoKrDelta(Drops):
         w1, w2, _, cols = self.pieces(f, f.cols)
         if cols.before or cols.after:
             x = pad(x, (cols.before, cols.after))
-        _, order, thin1, thin2 = cheapest(sizes_of(w1), sizes_of(w2))
+        best = cheapest.__wrapped__ if torch.compiler.is_compiling() else cheapest  # which warns of a cache that it looks through
+        _, order, thin1, thin2 = best(sizes_of(w1), sizes_of(w2))
         on = {"q": list(w1 if thin1 else (whole(w1),)), "v": list(w2 if thin2 else (whole(w2),))}
         y = x.unflatten(-1, (w1[-1].shape[1], w2[-1].shape[1]))
         for axis in order:
