@@ -276,7 +276,7 @@ def count(s: Setting, layout: str, names: list[str], tokens: int, device: torch.
                     block.requires_grad_(False)
                 model = CONTENDERS[name](block, s).train()
                 if kind == "fsdp":
-                    fully_shard(model, mesh=mesh)
+                    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # as a block of a model
                 total = ReplicatedSum(adapted_layers(model))
                 ledger = ledger_of(lambda: step(model, x, dy, total), mesh)  # noqa: B023
             except Exception as error:  # a peer that has no way for this layout; told, and not counted

@@ -13,6 +13,7 @@ N = 32
 TALL, WIDE, SQUARE = (40, 24), (24, 40), (64, 64)
 ROWS = {
     "lora": ({"r": 4, "alpha": 8}, WIDE),
+    "dora": ({"r": 4, "alpha": 8}, WIDE),
     "adalora": ({"init_r": 4, "target_r": 2, "total_step": 9}, WIDE),
     "loha": ({"r": 2, "alpha": 8}, WIDE),  # r^2 = 4 is below O I / (O + I) = 15
     "loha dense": ({"r": 6, "alpha": 8}, WIDE),

@@ -18,7 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from d9d_lora.methods.delta import Around, Draw, Geometry, Parts
+from d9d_lora.methods.delta import Around, Cost, Draw, Geometry, Parts
 from d9d_lora.thin import Thin
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -74,6 +74,12 @@ class DoRADelta(Around):
 
     def look_up(self, ids: Tensor, f: Parts, *, padding: int | None = None) -> Tensor:
         return self.low.look_up(ids, f, padding=padding)
+
+    def cost(self, n: int, out: int, into: int) -> Cost:
+        """That of `low`, and the terms of the norm, which have no backward. Kept besides: the output before g, and of every row g, the
+        norm, and a byte that says whether there is one."""
+        low, r = self.low.cost(n, out, into), self.sizes(out, into)["R"]
+        return Cost(low.flops + 2 * r * (out * into + r * (out + into)), low.kept + n * out + 2 * out + out // 4)
 
     def gain(self, weight: Tensor, squares: Tensor, f: Parts, total: Callable[[Tensor], Tensor]) -> Tensor:
         """At least fp32, whatever the layer computes in."""
