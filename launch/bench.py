@@ -51,7 +51,8 @@ KEYS = {
     "contenders": Key("names, comma-separated; without it all whose package is installed", ""),
     "layouts": Key("single (timed), and fsdpN or tpN, of which collectives are counted on fake ranks", "single"),
     "device": Key("where", "cuda" if torch.cuda.is_available() else "cpu"),
-    "output": Key("folder for benchmarks.md and benchmarks.svg; without it nothing is written", ""),
+    "output": Key("folder for a page and a picture; without it nothing is written", ""),
+    "page": Key("their name in it", "benchmarks"),
 }
 SHAPES = {"smollm2": (576, 1536, 9, 3), "8b": (4096, 14336, 32, 8)}  # hidden, feed-forward, heads, key-value heads
 PEFT = "peft"
@@ -232,7 +233,8 @@ def measure(s: Setting, names: list[str], tokens: int, turns: int, device: torch
     for turn in range(-1, turns):  # the first is not counted
         order = names[turn % len(names) :] + names[: turn % len(names)]
         for name in order:
-            seconds = timed(lambda: step(models[name], x, dy), device)  # noqa: B023
+            seconds = timed(lambda: models[name](x).backward(dy), device)  # noqa: B023
+            clear(models[name], x)
             if turn >= 0:
                 times[name].append(seconds)
     for name in names:
@@ -317,6 +319,10 @@ def step(model: nn.Module, x: Tensor, dy: Tensor, total: ReplicatedSum | None = 
     model(x).backward(dy)
     if total is not None:
         total.reduce()
+    clear(model, x)
+
+
+def clear(model: nn.Module, x: Tensor) -> None:
     for p in [x, *model.parameters()]:
         p.grad = None
 
@@ -403,7 +409,7 @@ def main(arguments: dict[str, str]) -> None:
     if arguments["output"]:
         if not rows:
             raise UsageError("output= wants the timed rows too: put single among the layouts")
-        write(rows, counts, tokens, turns, Path(arguments["output"]), device)
+        write(rows, counts, tokens, turns, Path(arguments["output"]) / arguments["page"], device)
 
 
 def check_heads(shape: str, layout: str) -> None:
@@ -426,18 +432,18 @@ def present(names: list[str]) -> list[str]:
     return found
 
 
-def write(rows: list[Row], counts: list[Counted], tokens: int, turns: int, folder: Path, device: torch.device) -> None:
+def write(rows: list[Row], counts: list[Counted], tokens: int, turns: int, page: Path, device: torch.device) -> None:
     from matplotlib.figure import Figure
 
-    told = " ".join(shlex.quote(a) for a in sys.argv[1:] if not a.startswith("output="))
+    told = " ".join(shlex.quote(a) for a in sys.argv[1:] if not a.startswith(("output=", "page=")))
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
     text = ["# Benchmarks", "", f"Written by `python launch/bench.py {told}`: torch {torch.__version__}, {machine}."]
     text += [f"A step is the forward and backward of one block with {tokens} tokens; {turns} turns; median, and quartiles in brackets.", ""]
-    text += ["![Step time over the floor](benchmarks.svg)", "", HEAD, *(line(row, tokens) for row in rows)]
+    text += [f"![Step time over the floor]({page.name}.svg)", "", HEAD, *(line(row, tokens) for row in rows)]
     if counts:
         text += ["", "Counted on rank 0 of fake ranks; bytes are those of whole buffers, and the sum of replicated factors is in them.", ""]
         text += [COUNTED, *map(counted_line, counts)]
-    (folder / "benchmarks.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    page.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
     settings = list(dict.fromkeys(row.setting for row in rows))
     figure = Figure(figsize=(10, 1 + 0.5 * len(settings)), layout="constrained")
     ax = figure.subplots()
@@ -450,7 +456,7 @@ def write(rows: list[Row], counts: list[Counted], tokens: int, turns: int, folde
     ax.invert_yaxis()
     ax.set_xlabel("step time beyond the floor, as a share of it")
     ax.legend(fontsize=8)
-    figure.savefig(folder / "benchmarks.svg")
+    figure.savefig(page.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
