@@ -7,7 +7,8 @@ The floor is the same block with its base frozen and no adapter: forward, and th
 turn, one of each contender after another, and a ratio is of two steps of the same turn. Counts are exact. What a contender allocates is
 counted by the storages that a step makes, so workspaces of kernels are not in it.
 
-`layouts=fsdp2,tp3` counts, and times nothing: one process stands for rank 0 of that many, on torch's fake process group.
+`layouts=fsdp2,tp3` counts, and times nothing: one process stands for rank 0 of that many, on torch's fake process group. That a contender
+runs there does not say that its gradients are right.
 """
 
 import copy

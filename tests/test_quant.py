@@ -535,9 +535,8 @@ def test_what_a_rank_holds(pool, assets, one, tmp_path):
     assert sum(halves) == one[1]["held"]
 
 
-@pytest.mark.parametrize("option", ["train__activation_checkpointing", "train__compile"])
-def test_recomputation_and_compilation_change_no_loss(pool, assets, one, tmp_path, option):
-    options = {**QUANTISED, option: True, "train__compile_backend": "aot_eager"}
+def test_recomputation_changes_no_loss(pool, assets, one, tmp_path):
+    options = {**QUANTISED, "train__activation_checkpointing": True}
     for a, b in zip(losses(pool.run(2, run, assets, tmp_path, options)[0]), losses(one[1])):
         assert abs(a - b) < 1e-9 * abs(b)
 

@@ -141,6 +141,15 @@ class RunConfig(Strict):
     tracker: TrackerConfig = Field(default_factory=TrackerConfig)  # type: ignore[arg-type]
     export: ExportConfig = Field(default_factory=ExportConfig)  # type: ignore[arg-type]
 
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        if self.train.compile and self.train.activation_checkpointing and self.parallel.tp > 1:
+            raise ValueError(
+                "train.compile with train.activation_checkpointing and parallel.tp: torch's compiler fails at blocks that are recomputed "
+                "on tensor-parallel ranks once rows have different lengths; leave one of the three out"
+            )
+        return self
+
 
 class ConfigError(ValueError):
     """A config that cannot be run: every fault with its path, and the nearest valid key."""
