@@ -137,7 +137,8 @@ class AdapterMethod(PeftMethod[TAdapter]):
         if any(layer.delta.noisy for layer in layers):
             clock.attach(module)
         train += [factor.weight for factor in shared.values() if isinstance(factor.weight, nn.Parameter)]
-        train += [p for p in [*biases, *saved] if not any(p is q for q in train)]
+        known = {id(p) for p in train}
+        train += [p for p in [*biases, *saved] if id(p) not in known]
         find_readers(module, AdaptedLinear)
         find_gated(module)
         return PeftInjectionResult(train, mappers, passed_over)
@@ -183,12 +184,13 @@ class AdapterMethod(PeftMethod[TAdapter]):
                 left_alone += wanted
             else:
                 sites.append(Site(all_names, base, kind, delta))
+        adapted = {id(site.base) for site in sites}
         for all_names, parameter in self._parameters(module, names):
             candidates += all_names
             wanted = [name for name in all_names if config.wants_parameter(name)]
             if not wanted:
                 continue
-            if any(site.base is parameter.host for site in sites):
+            if id(parameter.host) in adapted:
                 raise InjectionError(f"{wanted[0]} is named in target_parameters, and its layer is adapted as a module too; choose one.")
             if reason := AdaptedParameter.refuses(parameter):
                 raise InjectionError(f"the parameter {wanted[0]} cannot be adapted: {reason}.")

@@ -6,7 +6,8 @@ an error (there it passes in silence), and so is a key of `rank_pattern` or `alp
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cached_property
 from re import Pattern
 from typing import Literal, Self
 
@@ -63,6 +64,21 @@ class Targets(BaseModel):
         False, description="an embedding and an output head that share one weight share one adapter"
     )
 
+    @cached_property
+    def _sets(self) -> dict[str, tuple[list[str], frozenset[str]]]:
+        return {}
+
+    def _set(self, field: str) -> frozenset[str] | str | None:
+        """A field's names as a set: a list may name every layer of a large model, and is asked for each of them."""
+        value = getattr(self, field)
+        if not isinstance(value, list):
+            return value
+        made_of, found = self._sets.get(field, (None, frozenset[str]()))
+        if made_of is not value:
+            found = frozenset(value)
+            self._sets[field] = value, found
+        return found
+
     @field_validator("module_name_pattern", mode="before")
     @classmethod
     def _compile(cls, pattern: object) -> object:
@@ -101,7 +117,7 @@ class Targets(BaseModel):
 
     def wants(self, name: str) -> bool:
         """Whether the targets name this layer ("all-linear" wants every name; the walk keeps to linear layers)."""
-        if self.exclude_modules is not None and named(name, self.exclude_modules):
+        if self._excludes(name):
             return False
         if any(re.match(rf"(.*\.)?{m}($|\.)", name) for m in self.modules_to_save or []):
             return False  # trained whole, itself or what holds it
@@ -112,20 +128,26 @@ class Targets(BaseModel):
             return False
         if self.target_modules == ALL_LINEAR:
             return True
-        if isinstance(self.target_modules, list) and name in self.target_modules:
+        targets = self._set("target_modules")
+        assert targets is not None
+        if not isinstance(targets, str) and name in targets:
             return True  # a full name is taken whatever its layer number
-        return named(name, self.target_modules) and self._in_layers(name)
+        return named(name, targets) and self._in_layers(name)
+
+    def _excludes(self, name: str) -> bool:
+        names = self._set("exclude_modules")
+        return names is not None and named(name, names)
 
     def wants_parameter(self, name: str) -> bool:
         """Whether `target_parameters` names this parameter. Excluding its module, or saving it whole, wins."""
         owner = name.rpartition(".")[0]
-        if not named(name, self.target_parameters or []) or self.saves(owner):
+        if not named(name, self._set("target_parameters") or []) or self.saves(owner):
             return False
-        return self.exclude_modules is None or not named(owner, self.exclude_modules)
+        return not self._excludes(owner)
 
     def saves(self, name: str) -> bool:
         """Whether `modules_to_save` names this module (and nothing excludes it)."""
-        if self.exclude_modules is not None and named(name, self.exclude_modules):
+        if self._excludes(name):
             return False
         return any(name.endswith(m) for m in self.modules_to_save or [])
 
@@ -158,10 +180,10 @@ class Targets(BaseModel):
             raise NoMatch(f"{wanted!r} matches no layer that can be adapted{hint(wanted, candidates)}")
         if isinstance(self.target_modules, list):
             taken = [*matched, *(name for name in all_names if self.saves(name))]
-            idle = [t for t in self.target_modules if not any(named(name, [t]) for name in taken)]
+            idle = not_named(self.target_modules, taken)
             if idle:
                 raise NoMatch(f"target_modules {idle} match no layer that can be adapted{hint(idle, candidates)}")
-        if idle := [t for t in self.target_parameters or [] if not any(named(name, [t]) for name in matched)]:
+        if idle := not_named(self.target_parameters or [], matched):
             raise NoMatch(f"target_parameters {idle} match no parameter that can be adapted{hint(idle, candidates)}")
         for field in ("rank_pattern", "alpha_pattern"):
             idle = [k for k in getattr(self, field) if not any(_ends_like(k)(name) for name in matched)]
@@ -180,11 +202,28 @@ def compiled(pattern: str, field: str) -> Pattern[str]:
         raise ValueError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
 
 
-def named(name: str, wanted: list[str] | str) -> bool:
-    """PEFT's matching: a list means the whole name or its end after a dot; a string is a regular expression for all of it."""
+def named(name: str, wanted: Collection[str] | str) -> bool:
+    """PEFT's matching: names mean the whole name or its end after a dot; a string is a regular expression for all of it."""
     if isinstance(wanted, str):
         return bool(_like(wanted)(name))
+    if isinstance(wanted, frozenset):
+        return any(end in wanted for end in _ends(name))
     return any(name == w or name.endswith(f".{w}") for w in wanted)
+
+
+def not_named(wanted: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Those of `wanted` that name none of `names`. Linear in both."""
+    found = {end for name in names for end in _ends(name)}
+    return [w for w in wanted if w not in found]
+
+
+def _ends(name: str) -> Iterator[str]:
+    """`a.b.c` -> `a.b.c`, `b.c`, `c`."""
+    yield name
+    at = name.find(".")
+    while at >= 0:
+        yield name[at + 1 :]
+        at = name.find(".", at + 1)
 
 
 def by_name(patterns: dict[str, int] | dict[str, float], name: str, default):  # type: ignore[no-untyped-def]

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -267,7 +268,7 @@ def test_a_part_of_a_sum_is_refused(pool: Pool, tmp_path: Path) -> None:
 # ---- killed at any moment
 
 
-SCENARIOS = {"next": 30, "same": 20}  # the step whose save is killed, after whole saves of steps 10 and 20
+SCENARIOS = {"next": 30, "same": 20}  # the step whose save is killed, after whole saves of steps 10 and 20; the next one beside training
 
 
 def fill(root: Path) -> None:
@@ -277,7 +278,9 @@ def fill(root: Path) -> None:
 
 def save_killed(root: Path, step: int) -> None:
     extras = {"adapter": lambda path: (path / "adapter.json").write_text("{}") and None}
-    Checkpoints(root, keep=2).save(step, small(99), {"value": 99}, extras=extras, best=True)
+    checkpoints = Checkpoints(root, keep=2)
+    checkpoints.save(step, small(99), {"value": 99}, extras=extras, best=True, wait=step == SCENARIOS["same"])
+    checkpoints.wait()
 
 
 @contextmanager
@@ -386,6 +389,79 @@ def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(pool: Pool, 
     assert pool.run(2, load_on, "fsdp2", tmp_path) == [[], []]
     pool.run(2, save_on, "fsdp2", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000003"]
+
+
+# ---- beside the training
+
+
+def beside(rank: int, root: Path, copies: bool) -> tuple[list[str], bool, bool]:
+    """A save that is under way while the state changes and the step's own collectives run; ranks reach it at other times."""
+    state, checkpoints, gate = job("fsdp2xtp2"), Checkpoints(root), threading.Event()
+    copied, write = checkpoint._copied, checkpoint._write_tensors
+
+    def held(folder: Path, tensors: Any) -> None:
+        assert gate.wait(30)
+        write(folder, tensors)
+
+    checkpoint._write_tensors = held
+    if not copies:  # mutant
+        checkpoint._copied = lambda t: t
+    try:
+        checkpoints.save(3, state, {}, wait=False)
+    finally:
+        checkpoint._copied = copied
+    for n in range(20):
+        total = torch.tensor([rank + n])
+        dist.all_reduce(total)
+        assert total.item() == 6 + 4 * n
+        time.sleep(0.002 * rank)
+    blank(state)
+    early = (root / "latest").exists()
+    gate.set()
+    dist.barrier()
+    checkpoints.wait()
+    checkpoint._write_tensors = write
+    found = checkpoints.find("must")
+    assert found is not None
+    found.load(state)
+    return differing(state), early, any(t.name == "checkpoint" for t in threading.enumerate())
+
+
+def test_a_save_beside_the_training_is_of_the_moment_it_was_asked_for(pool: Pool, tmp_path: Path) -> None:
+    assert pool.run(4, beside, tmp_path / "a", True) == [([], False, False)] * 4
+    wrong, _, _ = pool.run(4, beside, tmp_path / "b", False)[0]
+    assert "model.up.weight" in wrong, "the comparison sees a save that did not copy"
+
+
+def fail_beside(rank: int, root: Path) -> tuple[str, list[str], list[str]]:
+    checkpoints = Checkpoints(root)
+
+    def adapter(path: Path) -> None:
+        if rank == 1:
+            full_fsync(0)
+
+    checkpoints.save(1, small(1), {})
+    checkpoints.save(2, small(2), {}, extras={"adapter": adapter}, wait=False)
+    with pytest.raises(CheckpointFailed) as error:
+        checkpoints.save(3, small(3), {}, wait=False)  # told here, and only once
+    dist.barrier()
+    left = sorted(path.name for path in root.iterdir())
+    dist.barrier()
+    with pytest.raises(CheckpointFailed, match="not JSON serializable"):
+        checkpoints.save(3, small(3), {"x": object()}, wait=False)
+    state = small(3)
+    checkpoints.save(3, state, {}, wait=False)
+    checkpoints.save(4, state, {}, wait=False)  # waits for the one before
+    checkpoints.wait()
+    return str(error.value), left, sorted(path.name for path in root.iterdir())
+
+
+def test_a_save_that_fails_beside_the_training_is_told_on_all_ranks(pool: Pool, tmp_path: Path) -> None:
+    first, second = pool.run(2, fail_beside, tmp_path)
+    assert first == second
+    assert "the save of step 2 failed: writing adapter/ failed on rank 1: OSError: [Errno 28]" in first[0]
+    assert first[1] == ["latest", "step_00000001"], "what was begun is gone"
+    assert first[2] == ["latest", "step_00000001", "step_00000003", "step_00000004"]
 
 
 # ---- a failure on one rank is a failure on all, and no more than that

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from d9d_lora import placement
@@ -103,6 +104,33 @@ def test_a_resume_on_the_same_layout_is_exact_to_the_bit(pool, assets, tmp_path,
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         ours, theirs = ((tmp_path / d / "adapter" / name).read_bytes() for d in ("whole", "again"))
         assert ours == theirs
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "fsdp2_tp2"])
+def test_saving_beside_the_training_changes_no_bit(pool, assets, tmp_path, layout):
+    world, degrees = LAYOUTS[layout]
+    found = []
+    for beside in (True, False):
+        output = tmp_path / str(beside)
+        options = {"checkpoint__every": 1, "checkpoint__keep": 9, "checkpoint__asynchronous": beside}
+        summary = pool.run(world, run, assets, output, {**degrees, **options})[0]
+        found.append((losses(summary), contents(output / "checkpoints")))
+    assert found[0][0] == found[1][0]
+    assert found[0][1].keys() == found[1][1].keys()
+    assert [name for name, content in found[0][1].items() if content != found[1][1][name]] == []
+    assert len([name for name in found[0][1] if name.endswith("trainer.json")]) == 6
+
+
+def contents(root):
+    """Every file but the list of hashes: the library that writes a header gives its metadata in any order."""
+    found = {}
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and p.name != "COMPLETE"):
+        found[str(path.relative_to(root))] = path.read_bytes()
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name).numpy().tobytes() for name in file.offset_keys()}
+                found[str(path.relative_to(root))] = file.metadata(), tensors
+    return found
 
 
 def resume_without_moments(rank, assets, output, overrides):

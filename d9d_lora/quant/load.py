@@ -15,7 +15,7 @@ from d9d_lora.layers.nf4 import AdaptedNF4Linear
 from d9d_lora.placement import local_of
 from d9d_lora.quant.linear import NF4Linear
 from d9d_lora.quant.nf4 import BLOCK, Packed
-from d9d_lora.targets import ALL_LINEAR, NoMatch, hint, named
+from d9d_lora.targets import ALL_LINEAR, NoMatch, hint, named, not_named
 from d9d_lora.walk import names_of_modules, output_head, refuse_adapted, refuse_sharded
 
 Sinks = dict[str, tuple[Tensor, Callable[[Tensor], None]]]
@@ -41,13 +41,14 @@ def quantise_(model: nn.Module, modules: list[str] | str = ALL_LINEAR, *, block:
     refuse_adapted(model)
     refuse_sharded(model)
     all_names, head = names_of_modules(model), output_head(model)
+    wanted_names = frozenset(modules) if isinstance(modules, list) else modules
     found: list[tuple[list[str], nn.Linear]] = []
     for names, m in all_names:
         linear = isinstance(m, nn.Linear) and AdaptedLinear.refuses(m) is None
         if modules == ALL_LINEAR:
             wanted = linear and m is not head
         else:
-            wanted = any(named(name, modules) for name in names)
+            wanted = any(named(name, wanted_names) for name in names)
             if wanted and not linear and isinstance(modules, str):
                 continue  # a pattern may match containers too
             if wanted and not linear:
@@ -58,7 +59,7 @@ def quantise_(model: nn.Module, modules: list[str] | str = ALL_LINEAR, *, block:
             assert isinstance(m, nn.Linear)
             found.append((names, m))
     candidates = [n for ns, m in all_names for n in ns if isinstance(m, nn.Linear)]
-    idle = [w for w in modules if not any(named(n, [w]) for ns, _ in found for n in ns)] if isinstance(modules, list) else []
+    idle = not_named(modules, [n for names, _ in found for n in names]) if isinstance(modules, list) else []
     if idle or not found:
         raise NoMatch(f"{idle or modules!r} matches no linear layer that can be quantised{hint(idle or modules, candidates)}")
     _refuse_shared(model, found)

@@ -7,6 +7,8 @@ cut file and a file from another save are told apart from the real thing before 
 Ranks. An error on one rank while the others walk on is a hang. So nothing is acted on before it is agreed: `together`
 runs a step on every rank, `decided` runs it on rank 0 alone, and both end in one collective after which either every
 rank has the result or every rank raises the same `RanksFailed`. Without a process group there is one rank, this one.
+What agrees in a thread beside a training step does so `agreeing_over` a group of its own: on the step's group its
+collectives would be taken for the step's.
 """
 
 import contextlib
@@ -16,8 +18,9 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -27,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 T = TypeVar("T")
 TEMPORARY, TRASH, REPLACED = ".tmp_", ".trash_", ".old_"
 _BLOCK = 1 << 20
+_GROUP: ContextVar[dist.ProcessGroup | None] = ContextVar("the group of the ranks that agree", default=None)
 
 
 class Damaged(ValueError):
@@ -48,13 +52,27 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+@contextlib.contextmanager
+def agreeing_over(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Within it, in this thread, everything here goes over a group of all ranks; None: the default group."""
+    token = _GROUP.set(group)
+    try:
+        yield
+    finally:
+        _GROUP.reset(token)
+
+
+def agreeing_group() -> dist.ProcessGroup | None:
+    return _GROUP.get()
+
+
 def gather(value: T) -> list[T]:
     """Every rank's `value`, in the order of ranks, on every rank (by pickle, between our own processes)."""
     _, world = rank_and_world()
     if world == 1:
         return [value]
     values: list[Any] = [None] * world
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_GROUP.get())
     return values
 
 
@@ -90,7 +108,7 @@ def decided(what: str, act: Callable[[], T]) -> T:
         except Exception as error:
             outcome[1] = _describe(error)
     if world > 1:
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=_GROUP.get())
     if outcome[1] is not None:
         raise RanksFailed(what, {0: outcome[1]})
     return outcome[0]

@@ -9,6 +9,13 @@ A directory gets its `step_` name by one rename after all of it is on the disk. 
 
 Every function here is collective: all ranks call it, and it succeeds on all of them or raises the same error on all.
 
+[Note: saving beside the training]
+`save(wait=False)` copies the tensors to CPU memory and returns; a thread then does what a save does, of the copies, and its
+collectives go over a gloo group of its own. It never waits for the thread of a step, so no rank's training holds it up, nor
+is held up by it. One save is under way at a time: the next one, and the end of a run, `wait()` for it, and are told then if
+it failed. Until its last rename a save changes nothing that a reader looks at; so a process that is killed leaves the
+checkpoint before, as from a save that is waited for.
+
 [Note: DCP with safetensors]
 torch's distributed checkpoint (DCP) divides the writing, drops replicas and reshards at the read. Its own format keeps
 a pickled `.metadata`, and a pickle is a program; so its Hugging Face storage is used, where the offsets of a shard
@@ -24,6 +31,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,14 +40,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from d9d_lora.placement import local_of
 from d9d_lora.state import atomic
-from d9d_lora.state.atomic import Damaged, RanksFailed, decided, gather, rank_and_world, together
+from d9d_lora.state.atomic import Damaged, RanksFailed, agreeing_group, agreeing_over, decided, gather, rank_and_world, together
 from d9d_lora.state.safetensors_dir import read_header
 from d9d_lora.state.untrusted import MAX_JSON, open_regular, read_json
 
@@ -47,6 +58,7 @@ VERSION = 1
 STATE, DOCUMENT, COMPLETE, LATEST, BEST = "state", "trainer.json", "COMPLETE", "latest", "best"
 _STEP_NAME = re.compile(r"step_\d{8}")
 _EXTRA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_ONE_PROCESS = "torch.distributed is disabled"  # DCP's warning; one process without a group is an ordinary case here
 _SEEN_WITHIN_S = 10.0  # network file systems show another node's file a little later
 
 Index = dict[str, tuple[tuple[int, ...], str]]  # name -> (global shape, dtype)
@@ -104,7 +116,7 @@ class Found:
 
     def _read(self, tensors: Mapping[str, Tensor]) -> None:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            warnings.filterwarnings("ignore", message=_ONE_PROCESS)
             dcp.load(dict(sorted(tensors.items())), storage_reader=HuggingFaceStorageReader(str(self.path / STATE)))
 
     def _check_headers(self) -> None:
@@ -136,6 +148,8 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep is {keep}; expected at least 1: the checkpoint just written is one")
         self.root, self.keep = Path(root).absolute(), keep
+        self._under_way: _Background | None = None
+        self._group: dist.ProcessGroup | None = None  # of saves beside the training
 
     def save(
         self,
@@ -145,6 +159,7 @@ class Checkpoints:
         *,
         extras: Mapping[str, Callable[[Path], None]] | None = None,
         best: bool = False,
+        wait: bool = True,
     ) -> Path:
         """Write `step_<step>` and make it `latest` (and `best`); the path of the directory is returned on every rank.
 
@@ -152,7 +167,38 @@ class Checkpoints:
         differs by rank needs the rank in its name). `document` is JSON; rank 0's is written. Each of `extras` is called
         on every rank with the path of a sub-directory of its name, and does its own rank-0 writing. A failure anywhere
         is `CheckpointFailed` on every rank: what was begun is removed, and what was there before is untouched.
+
+        Without `wait` it returns when the state is copied, and the rest is done in a thread: call `wait()` before the process
+        ends. `extras` are then called beside the training, so they may read no live tensor, and their collectives must be
+        those of `atomic`. A save that is still under way is waited for first; its failure is raised in the place of this save.
         """
+        self.wait()
+        if wait:
+            return self._save(step, tensors, document, extras, best)
+        try:
+            copies, document = together("copying the state", lambda: ({n: _copied(t) for n, t in tensors.items()}, _frozen(document)))
+        except RanksFailed as error:
+            raise CheckpointFailed(f"the save of step {step} failed: {error}. Training may go on.") from error
+        if self._group is None and rank_and_world()[1] > 1:
+            self._group = dist.new_group(backend="gloo")
+        warnings.filterwarnings("ignore", message=_ONE_PROCESS)  # here: a thread that changes and restores filters spoils those of others
+        self._under_way = _Background(lambda: self._save(step, copies, document, extras, best), self._group)
+        return self.root / f"step_{step:08d}"
+
+    def wait(self) -> None:
+        """Until no save is under way. Raises the `CheckpointFailed` of one that failed, once, on every rank."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.finish()
+
+    def _save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        document: Mapping[str, Any],
+        extras: Mapping[str, Callable[[Path], None]] | None,
+        best: bool,
+    ) -> Path:
         final, extras = self.root / f"step_{step:08d}", dict(sorted((extras or {}).items()))
         fresh: Path | None = None
         try:
@@ -249,11 +295,55 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     ready = together("gathering the shards", lambda: {name: _contiguous(tensors[name]) for name in sorted(tensors)})
 
     def write() -> None:
-        with warnings.catch_warnings():  # one process without a group is an ordinary case here
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(ready, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(ready, storage_writer=writer, process_group=agreeing_group())
 
-    together(f"writing {STATE}/", write)
+    if threading.current_thread() is threading.main_thread():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_ONE_PROCESS)
+            together(f"writing {STATE}/", write)
+    else:
+        together(f"writing {STATE}/", write)
+
+
+class _Background:
+    """A save under way: [Note: saving beside the training]. Its thread is no daemon, so that a process that ends finishes it."""
+
+    def __init__(self, act: Callable[[], Any], group: dist.ProcessGroup | None) -> None:
+        self._act: Callable[[], Any] | None = act
+        self._group = group
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint")
+        self._thread.start()
+
+    def _run(self) -> None:
+        assert self._act is not None
+        try:
+            with agreeing_over(self._group), torch.no_grad():
+                self._act()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._act = None  # and with it the copies
+
+    def finish(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy of this rank's part in CPU memory, with its placement."""
+    local = local_of(tensor.detach())
+    copy = torch.empty(local.shape, dtype=local.dtype)
+    copy.copy_(local)
+    # not by from_local, which would take it to the device of the mesh
+    return DTensor(copy, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copy
+
+
+def _frozen(document: Mapping[str, Any]) -> dict[str, Any]:
+    frozen: dict[str, Any] = json.loads(json.dumps(document))
+    return frozen
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

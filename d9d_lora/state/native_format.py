@@ -8,7 +8,7 @@ An adapter that PEFT knows is written as PEFT's directory instead (`peft_format.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,21 @@ def save_trained(params: Mapping[str, Tensor], config: BaseModel, path: Path) ->
     Raises:
         RanksFailed: on every rank, if rank 0 could not write, or what it wrote reads back otherwise.
     """
-    held = {}
+    trained_writer(params, config)(path)
+
+
+@torch.no_grad()
+def trained_writer(params: Mapping[str, Tensor], config: BaseModel) -> Callable[[Path], None]:
+    """`save_trained` in two halves: this one copies the tensors to rank 0, the function that it returns writes the copies to a path.
+
+    Both are collective. In between, and beside the second, the model may change.
+    """
+    held: dict[str, Tensor] = {}
     for name in sorted(params):
         whole = full_of(params[name].detach())
         if rank_and_world()[0] == 0:
-            held[name] = whole.cpu().contiguous()
-    decided("writing what was trained", lambda: _write(held, config, path))
+            held[name] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return lambda path: decided("writing what was trained", lambda: _write(held, config, path))
 
 
 def _write(held: dict[str, Tensor], config: BaseModel, path: Path) -> None:

@@ -57,7 +57,8 @@ def pattern_of(values: dict[str, N], default: N) -> dict[str, N]:
 def targets_of(adapted: list[str], every: list[str]) -> list[str] | str:
     """The shortest sorted names that select just these layers among all modules; a regular expression as a last resort."""
     for names in (sorted({name.rpartition(".")[2] for name in adapted}), sorted(adapted)):
-        if {name for name in every if named(name, names)} == set(adapted):
+        of_names = frozenset(names)
+        if {name for name in every if named(name, of_names)} == set(adapted):
             return names
     return "|".join(re.escape(name) for name in sorted(adapted))
 

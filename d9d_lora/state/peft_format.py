@@ -49,7 +49,17 @@ from d9d_lora.state.safetensors_write import Promise, library_order, write_safet
 from d9d_lora.targets import named
 from d9d_lora.walk import names_of_modules, reshard
 
-__all__ = ["AdapterError", "Collected", "collect", "holds_all", "load_adapter_weights", "method_of", "read_adapter_config", "save_adapter"]
+__all__ = [
+    "AdapterError",
+    "Collected",
+    "adapter_writer",
+    "collect",
+    "holds_all",
+    "load_adapter_weights",
+    "method_of",
+    "read_adapter_config",
+    "save_adapter",
+]
 
 _OURS = {CONFIG, WEIGHTS, CARD}  # a directory with anything else in it is not ours to replace
 
@@ -88,9 +98,17 @@ class Collected:
     layers: Sequence[AdaptedLayer]
     entries: list[Entry]
     sources: dict[str, list[Tensor]] = field(default_factory=dict)
+    kept: dict[str, Tensor] | None = None
+
+    def keep(self) -> None:
+        """Copies the tensors, so that they stay what they are while the model goes on."""
+        self.kept = {key: value.clone() for key, value in self.tensors().items()}
+        self.sources = {}
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the file by key, checked. On rank 0."""
+        if self.kept is not None:
+            return self.kept
         held = {}
         for entry in self.entries:
             whole = self.sources[entry.key]
@@ -127,6 +145,35 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, base: str | 
     """
     final = Path(path).absolute()
     write_collected(model, final, lambda collected: write_directory(final, collected), look=_refuse_other, base=base, task_type=task_type)
+
+
+@torch.no_grad()
+def adapter_writer(
+    model: nn.Module, *, base: str | None = None, task_type: str | None = "CAUSAL_LM"
+) -> Callable[[str | os.PathLike[str]], None]:
+    """`save_adapter` in two halves: this one copies the adapter to rank 0, the function that it returns writes the copy to a path.
+
+    Both are collective and raise AdapterError on every rank alike. In between, and beside the second, the model may change.
+    """
+    try:
+        collected = collect(model, base=base, task_type=task_type)
+        decided("copying the adapter", collected.keep)
+    except RanksFailed as error:
+        raise AdapterError(f"the adapter cannot be written: {error}") from error
+
+    def write(path: str | os.PathLike[str]) -> None:
+        final = Path(path).absolute()
+
+        def act() -> None:
+            _refuse_other(final)
+            write_directory(final, collected)
+
+        try:
+            decided("writing the adapter", act)
+        except RanksFailed as error:
+            raise AdapterError(f"the adapter was not written to {final}: {error}") from error
+
+    return write
 
 
 def write_collected(
@@ -249,9 +296,12 @@ def _describe(
 
 def _check(dialect: Dialect, config: dict[str, Any], layers: Sequence[AdaptedLayer]) -> None:
     """That PEFT's reading of a config gives every layer what it has, and trains none of them whole."""
+    targets = config["target_modules"] or []
+    targets = targets if isinstance(targets, str) else frozenset(targets)
+    parameters = frozenset(config.get("target_parameters") or ())
     for layer in layers:
         dialect.check(config, layer)
-        wanted = named(layer.name, config["target_modules"] or []) or layer.name in (config.get("target_parameters") or [])
+        wanted = named(layer.name, targets) or layer.name in parameters
         if not wanted and not hasattr(layer, "embedding"):  # a tied head is found by its embedding
             raise AdapterError(f"{layer.name} is adapted, and target_modules does not select it")
         # PEFT compares these by the end of the text, without a dot
@@ -344,7 +394,8 @@ def write_tensors(path: Path, held: dict[str, Tensor], metadata: dict[str, str])
 
 
 def read_back(fresh: Path, held: dict[str, Tensor], collected: Collected) -> None:
-    """What a reader will find, compared with what the model holds: every tensor to the bit, the config by meaning."""
+    """What a reader will find, compared with what the model held: every tensor to the bit, and the config, which `_describe` has compared
+    with the layers."""
     with open_weights(fresh) as files:
         if files.names() != sorted(held):
             raise AdapterError(f"{fresh} holds other tensors than were written: {set(files.names()) ^ set(held)}")
@@ -356,7 +407,6 @@ def read_back(fresh: Path, held: dict[str, Tensor], collected: Collected) -> Non
     again = read_adapter_config(fresh)
     if again != collected.config:
         raise AdapterError(f"{CONFIG} reads back otherwise than it was written")
-    _check(DIALECTS[again["peft_type"]], again, collected.layers)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -107,6 +107,9 @@ class CheckpointConfig(Strict):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: one at the end")
     keep: int = Field(3, ge=1, description="how many are kept; `latest` and `best` always are")
     resume: str = Field("auto", description="auto, never, must, or the path of a checkpoint")
+    asynchronous: bool = Field(
+        True, description="write while training goes on, from a copy in CPU memory; the next save and the end of the run wait for it"
+    )
 
 
 class TrackerConfig(Strict):

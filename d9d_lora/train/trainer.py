@@ -10,6 +10,7 @@ One optimiser step, on every layout:
 Nothing of a step depends on the layout: data, starts, masks and the random numbers of the base come from (seed, step, microbatch).
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -17,7 +18,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.method import PeftMethod
 from d9d_lora.placement import ReplicatedSum, at_least_fp32, key_of
 from d9d_lora.registry import peft_method_from_config
-from d9d_lora.state.atomic import decided, write_text
+from d9d_lora.state.atomic import RanksFailed, decided, write_text
 from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpoints
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperParallel
 from d9d_lora.state.names import clean
-from d9d_lora.state.native_format import save_trained
-from d9d_lora.state.peft_format import holds_all, save_adapter
+from d9d_lora.state.native_format import trained_writer
+from d9d_lora.state.peft_format import AdapterError, adapter_writer, holds_all
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.train import model as models
 from d9d_lora.train.batches import Batches, MicroBatch, shift_labels, sweep
@@ -243,6 +244,14 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Trains to the last step, and returns what a summary needs. Resumes by itself, as the config says."""
+        try:
+            return self._run()
+        except BaseException:
+            with contextlib.suppress(Exception):  # a save that is under way is worth keeping; what goes wrong there is not the news
+                self.checkpoints.wait()
+            raise
+
+    def _run(self) -> dict[str, Any]:
         loop = self.config.train
         self._resume()
         if self.config.data.packing:  # not before: a resume completes the starts that move the base
@@ -427,18 +436,26 @@ class Trainer:
         return self._fingerprint_
 
     def save(self, *, best: bool = False) -> None:
-        """A checkpoint, after a last look that replicas agree. A failed save is told and the run goes on."""
+        """A checkpoint, after a last look that replicas agree. A failed save is told, at the latest by the next one, and the run goes on.
+
+        It is waited for at the end of the run and before a stop, and where the config says so.
+        """
+        last = self.step == self.config.train.steps
+        try:
+            self.checkpoints.wait()
+        except CheckpointFailed as error:
+            self.tracker.say(f"WARNING: {error}")
         check_replicas(self.params, f"at the save of step {self.step}")
         document = {"consumed": self.consumed, "best": self.best, "identity": self._identity(), "optim": self._optim()}
         document["method"] = self.method.findings()
         if document["best"] == math.inf:
             document["best"] = None
+        wait = last or self._stop or not self.config.checkpoint.asynchronous
         try:
-            self.checkpoints.save(
-                self.step, self._tensors(), document, extras={"adapter": self._write_adapter}, best=best
-            )
-        except CheckpointFailed as error:
-            if self.step == self.config.train.steps:
+            extras = {"adapter": self._adapter_writer()}
+            self.checkpoints.save(self.step, self._tensors(), document, extras=extras, best=best, wait=wait)
+        except (CheckpointFailed, AdapterError, RanksFailed) as error:
+            if last:
                 raise
             self.tracker.say(f"WARNING: {error}")
 
@@ -468,16 +485,16 @@ class Trainer:
             self.tracker.say(f"optim.{key} was {was} until here and is {now} from here on")
         self.tracker.say(f"resumed from {found.path} at step {self.step}")
 
-    def _write_adapter(self, path: Path) -> None:
-        """PEFT's directory where PEFT has the method, else our own; either is read back and compared before it counts."""
+    def _adapter_writer(self) -> Callable[[Path], None]:
+        """Copies the adapter, and gives what writes it: PEFT's directory where PEFT has the method, else our own; either is read back
+        and compared with the copy before it counts."""
         if holds_all(self.model):
-            save_adapter(self.model, path, base=self.config.model.path)
-        else:
-            save_trained(self.method.compact(self.model, dict(self.params)), self.config.peft, path)
+            return adapter_writer(self.model, base=self.config.model.path)
+        return trained_writer(self.method.compact(self.model, dict(self.params)), self.config.peft)
 
     def _export(self) -> None:
         """The adapter on its own, read back and compared with the live model before the run says it is done."""
-        self._write_adapter(self.output / "adapter")
+        self._adapter_writer()(self.output / "adapter")
         self.tracker.say(f"adapter: {self.output / 'adapter'} (read back and equal to the live model)")
         for line in write_exports(self.config.export, self.output / "adapter", self.output / "export", self.base.directory):
             self.tracker.say(f"export: {line}")
