@@ -13,9 +13,10 @@
 from d9d_lora.combine import add_weighted_adapter
 from d9d_lora.files import load_adapter, save_adapter, total_parameter_count, trainable_parameter_count
 from d9d_lora.inject import inject_peft_and_freeze, merge_peft, unmerge_peft
+from d9d_lora.layers import GroupedLinear
 from d9d_lora.method import PeftInjectionResult, PeftMethod
 from d9d_lora.methods.full_tune import FullTune, FullTuneConfig
-from d9d_lora.methods.lora import LoRA, LoRAConfig, LoRALinear, LoRAParameters
+from d9d_lora.methods.lora import LoRA, LoRAConfig, LoRAGroupedLinear, LoRALinear, LoRAParameters
 from d9d_lora.methods.stack import PeftStack, PeftStackConfig
 from d9d_lora.named import (
     active_adapters,
@@ -43,8 +44,10 @@ from d9d_lora.state.merge_live import save_merged
 __all__ = [
     "FullTune",
     "FullTuneConfig",
+    "GroupedLinear",
     "LoRA",
     "LoRAConfig",
+    "LoRAGroupedLinear",
     "LoRALinear",
     "LoRAParameters",
     "ModelStateMapper",

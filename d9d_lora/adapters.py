@@ -11,8 +11,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from d9d_lora.dropout import Clock
-from d9d_lora.layers import AdaptedEmbedding, AdaptedLayer, AdaptedLinear, kind_of
+from d9d_lora.layers import AdaptedEmbedding, AdaptedGroupedLinear, AdaptedLayer, AdaptedLinear, kind_of
 from d9d_lora.layers.among import DEFAULT
+from d9d_lora.layers.experts import kind_of_parameter
 from d9d_lora.layers.gated import find_gated
 from d9d_lora.layers.parameter import SUFFIX, AdaptedParameter, Held, held
 from d9d_lora.layers.readers import find_readers
@@ -20,6 +21,7 @@ from d9d_lora.layers.shared import SharedFactor
 from d9d_lora.layers.tied import TiedHead, tie, tied_pairs, turned
 from d9d_lora.method import InjectionError, PeftInjectionResult, PeftMethod
 from d9d_lora.methods.delta import Delta, DoesNotFit
+from d9d_lora.mixture import routers
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperRename
 from d9d_lora.state.names import renames
 from d9d_lora.targets import ALL_LINEAR, Targets
@@ -53,6 +55,7 @@ class AdapterConfig(Targets):
         return self
 
 
+LINEAR = (AdaptedLinear, AdaptedGroupedLinear)  # what "all-linear" takes
 TAdapter = TypeVar("TAdapter", bound=AdapterConfig)
 
 
@@ -147,7 +150,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
         """The layers to adapt, and what the pattern matched beside them. Announces; changes nothing."""
         config = self.config
         names = names_of_modules(module)
-        head = output_head(module)
+        head, routing = output_head(module), routers(module) if config.target_modules == ALL_LINEAR else set()
         candidates = [n for ns, m in names for n in ns if kind_of(m) and not isinstance(m, AdaptedLayer)]
         sites, passed_over, matched, left_alone = [], [], [], []
         for all_names, base in names:
@@ -160,7 +163,9 @@ class AdapterMethod(PeftMethod[TAdapter]):
                     "or merge or remove the first adapter before the second is injected."
                 )
             kind = kind_of(base)
-            if config.target_modules == ALL_LINEAR and (kind is None or not issubclass(kind, AdaptedLinear) or base is head):
+            if config.target_modules == ALL_LINEAR and not (
+                kind is not None and issubclass(kind, LINEAR) and base is not head and routing.isdisjoint(all_names)
+            ):
                 continue
             if isinstance(base, nn.MultiheadAttention) and isinstance(config.target_modules, list):
                 raise InjectionError(
@@ -192,14 +197,15 @@ class AdapterMethod(PeftMethod[TAdapter]):
                 continue
             if id(parameter.host) in adapted:
                 raise InjectionError(f"{wanted[0]} is named in target_parameters, and its layer is adapted as a module too; choose one.")
-            if reason := AdaptedParameter.refuses(parameter):
+            kind = kind_of_parameter(parameter)
+            if reason := kind.refuses(parameter):
                 raise InjectionError(f"the parameter {wanted[0]} cannot be adapted: {reason}.")
             matched += wanted
             delta = self.delta_for(wanted[0])
             if delta is None:
                 left_alone += wanted
             else:
-                sites.append(Site([name + SUFFIX for name in all_names], parameter, AdaptedParameter, delta))
+                sites.append(Site([name + SUFFIX for name in all_names], parameter, kind, delta))
         config.check_all_used(matched, candidates, [n for ns, _ in names for n in ns])
         return self._tied(sites, names) if config.ensure_weight_tying else sites, passed_over + left_alone
 

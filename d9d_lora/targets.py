@@ -33,7 +33,7 @@ class Targets(BaseModel):
     target_modules: list[str] | str | None = Field(
         None,
         description='names (the whole name, or its end after a dot), or one regular expression for the full name, or "all-linear": '
-        "every linear layer but the output head",
+        "every linear layer but the output head and the routers of experts",
     )
     exclude_modules: list[str] | str | None = Field(None, description="the same matching; wins over everything else")
     layers_to_transform: list[int] | int | None = Field(

@@ -34,10 +34,7 @@ class Thin:
         self.shape = (out, into * taps)
         local = local_of(weight).detach() if values is None else values.detach()
         self._local = (local if axes == "OI" else local.transpose(0, 1)).reshape(rows.stop - rows.start, -1)
-        self._groups = []
-        if isinstance(weight, DTensor):
-            mesh = weight.device_mesh
-            self._groups = [mesh.get_group(i) for i, p in enumerate(weight.placements) if not p.is_replicate()]
+        self._groups = _groups_of(weight)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,3 +74,37 @@ class Thin:
         for group in self._groups:
             dist.all_reduce(t, group=group)
         return t
+
+
+class ThinStack(Thin):
+    """A stack of matrices, W[E, O, I] or W[E, I, O]: as a whole the matrix [E O, I], and each of them by `one`.
+
+    Its ranks may hold any box of it: some experts, some rows or some columns.
+    """
+
+    def __init__(self, weight: Tensor, axes: str) -> None:
+        self._weight, self._axes = weight, axes
+        self._groups = _groups_of(weight)
+        box = box_of(weight)
+        self.experts, self.rows, self.cols = (box[axes.index(letter)] for letter in "EOI")
+        experts, out, into = (weight.shape[axes.index(letter)] for letter in "EOI")
+        self.one_shape, self.shape = (out, into), (experts * out, into)
+        local = local_of(weight).detach()
+        self._local = local if axes == "EOI" else local.mT
+
+    def one(self, e: int) -> Thin:
+        """The matrix of expert e. Its products are collective, as those of the stack; ranks that hold none of it add nothing."""
+        here = self.experts.start <= e < self.experts.stop
+        one = Thin.__new__(Thin)
+        one.rows, one.cols = (self.rows, self.cols) if here else (slice(0, 0), slice(0, 0))
+        one.shape, one._groups = self.one_shape, self._groups
+        one._local = self._local[e - self.experts.start] if here else self._local.new_empty(0, 0)
+        return one
+
+
+def _groups_of(weight: Tensor) -> list[dist.ProcessGroup]:
+    """The ranks that hold other parts of a weight, one group a dimension of its mesh."""
+    if not isinstance(weight, DTensor):
+        return []
+    mesh = weight.device_mesh
+    return [mesh.get_group(i) for i, p in enumerate(weight.placements) if not p.is_replicate()]

@@ -14,6 +14,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInputOutput, RowwiseParallel, SequenceParallel
 from transformers.pytorch_utils import Conv1D
 
+from d9d_lora.layers import GroupedLinear
 from d9d_lora.quant.load import quantise_
 from d9d_lora.registry import resolve
 from d9d_lora.train.model import sum_gradients
@@ -203,6 +204,21 @@ class Experts(nn.Module):
         return torch.einsum("bti,toi->bto", x, self.stack[torch.arange(x.shape[1]) % 3])
 
 
+class Routed(nn.Module):
+    """Three experts that take tokens in turn, in a grouped linear layer; the last rows are nobody's."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__()
+        self.grouped = GroupedLinear(3, into, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        expert = (torch.arange(x.shape[1]) % 3).repeat(len(x))
+        order = expert.argsort(stable=True)
+        sorted_ = torch.cat([rows[order], rows[:2]])
+        return self.grouped(sorted_, expert.bincount(minlength=3))[order.argsort()].view(*x.shape[:2], -1)
+
+
 class Toy(nn.Module):
     """Token ids -> values per token, through an embedding and two blocks."""
 
@@ -248,25 +264,23 @@ LAYERS = {
     ),
     "parameter": Layer(Matrix, ["matrix"], planned=False, field="target_parameters"),
     "experts": Layer(Experts, ["stack"], planned=False, field="target_parameters"),
+    "grouped": Layer(Routed, ["grouped"], planned=False),
     "nf4": Layer(lambda i, o: nn.Linear(i, o), ["up", "down"], hidden=24, quantised=True),
 }
 
-# What plain parameters refuse: whole kinds, what is for other layers, and on a stack of matrices all but plain LoRA.
+# What plain parameters refuse: whole kinds, and what is for other layers. What stacks of matrices refuse: all but products.
 for _row in METHODS.values():
     _params = _row.config.get("params", {})
+    _stack = "stack of 3 matrices"
     if "target_parameters" in resolve(_row.config["kind"])[0].unused:  # type: ignore[attr-defined]
         _row.refuses |= dict.fromkeys(("parameter", "experts"), "target_parameters cannot be used")
+        _row.refuses["grouped"] = _stack
     elif "linear" in _row.refuses:
-        _row.refuses |= dict.fromkeys(("parameter", "experts"), _row.refuses["linear"])
+        _row.refuses |= dict.fromkeys(("parameter", "experts", "grouped"), _row.refuses["linear"])
     elif _params.get("lora_bias"):
-        _row.refuses |= {"parameter": "only linear layers take", "experts": "no lora_bias"}
-    elif _row.config["kind"] != "lora" or _params.keys() & {"use_dora", "enable_lora"} or _params.get("init_lora_weights") in (
-        "orthogonal",
-        "olora",
-        "pissa",
-        "pissa_niter_2",
-    ):
-        _row.refuses["experts"] = "stack of 3 matrices"
+        _row.refuses |= {"parameter": "only linear layers take", "experts": "no lora_bias", "grouped": "no lora_bias"}
+    elif _row.config["kind"] not in ("lora", "dora"):
+        _row.refuses |= {"experts": _stack, "grouped": _stack}
 
 # -- layouts --------------------------------------------------------------------------------------------------------------------
 

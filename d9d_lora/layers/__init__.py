@@ -5,10 +5,11 @@ from torch import nn
 from d9d_lora.layers.base import AdaptedLayer, Factor
 from d9d_lora.layers.conv import AdaptedConv
 from d9d_lora.layers.embedding import AdaptedEmbedding
+from d9d_lora.layers.grouped import AdaptedGroupedLinear, GroupedLinear
 from d9d_lora.layers.linear import AdaptedConv1D, AdaptedLinear
 from d9d_lora.layers.nf4 import AdaptedNF4Linear
 
-LAYERS: list[type[AdaptedLayer]] = [AdaptedConv1D, AdaptedLinear, AdaptedNF4Linear, AdaptedEmbedding, AdaptedConv]
+LAYERS: list[type[AdaptedLayer]] = [AdaptedConv1D, AdaptedLinear, AdaptedNF4Linear, AdaptedEmbedding, AdaptedConv, AdaptedGroupedLinear]
 
 
 def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
@@ -21,9 +22,11 @@ __all__ = [
     "AdaptedConv",
     "AdaptedConv1D",
     "AdaptedEmbedding",
+    "AdaptedGroupedLinear",
     "AdaptedLayer",
     "AdaptedLinear",
     "AdaptedNF4Linear",
     "Factor",
+    "GroupedLinear",
     "kind_of",
 ]

@@ -72,7 +72,7 @@ class AdaptedLayer(nn.Module):
         rows: The adapter of each row of the batch, where rows have different ones.
     """
 
-    weight_axes: ClassVar[str]
+    weight_axes: str
     lookup: ClassVar[bool] = False
     takes_shift: ClassVar[bool] = False
     """Its `update` adds the delta's shift."""
@@ -197,8 +197,12 @@ class AdaptedLayer(nn.Module):
         f = {name: self.placing.local(p, axes, parts=parts and self.sums_own_parts) for name, (p, axes) in own.items()}
         f |= {name: self.shared[name].local(parts=parts) for name in self.delta.shared}
         f = {name: t if dtype is None or name in kept else t.to(dtype) for name, t in f.items()}
+        return Parts(f, *self.box_here(), self.dropout if self.training else None)
+
+    def box_here(self) -> tuple[slice, slice]:
+        """The rows and columns of the matrix that this rank computes with: FSDP2's shards are whole by then."""
         (o, rows), (i, cols) = self.placing.span(self.out_size, "O"), self.placing.span(self.in_size, "I")
-        return Parts(f, slice(o, o + rows), slice(i, i + cols), self.dropout if self.training else None)
+        return slice(o, o + rows), slice(i, i + cols)
 
     # -- several adapters: layers/among.py ---------------------------------------------------------------------------------
 
@@ -256,9 +260,8 @@ class AdaptedLayer(nn.Module):
     def start_parts(self, dtype: torch.dtype) -> Parts:
         """This rank's part of the start that was taken off the base weight; gathered once. [Note: started]"""
         if self._start is None:
-            (o, rows), (i, cols) = self.placing.span(self.out_size, "O"), self.placing.span(self.in_size, "I")
             whole = {name: full_of(t) for name, t in self.origin.items()}
-            self._start = self.delta.part(whole, slice(o, o + rows), slice(i, i + cols))
+            self._start = self.delta.part(whole, *self.box_here())
         return Parts({name: t.to(dtype) for name, t in self._start.items()}, self._start.rows, self._start.cols)
 
     def has_gain_at_work(self) -> bool:
@@ -376,7 +379,7 @@ class AdaptedLayer(nn.Module):
     def _settle(self) -> None:
         start, _ = self.placing.span(self.in_size, "I")
         self.dropout.window = (self.in_size, start)
-        if self.dropout.clock is not None and self.placing.mesh is not None:
+        if self.dropout.clock is not None and self.placing.mesh is not None and self.placing.letter != "E":  # there tokens differ
             self.dropout.clock.mesh = self.placing.mesh
         self._watch_parts()
 

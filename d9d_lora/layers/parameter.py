@@ -8,7 +8,7 @@ The parameter keeps its name, and its place in the module, which FSDP2 knows it 
 `experts.down_proj` is `experts.down_proj_adapter`, so its factors are `experts.down_proj_adapter.lora_A.weight` and so on.
 """
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from d9d_lora.layers.base import AdaptedLayer
+from d9d_lora.layers.stacked import Stacked
 from d9d_lora.methods.delta import Delta, DoesNotFit, Geometry, Parts
-from d9d_lora.placement import box_of
 
 SUFFIX = "_adapter"
 
@@ -49,26 +49,22 @@ class Held(nn.Module):
 
 
 class AdaptedParameter(AdaptedLayer):
-    """An adapted parameter of a module."""
+    """An adapted parameter of a module: a matrix."""
 
     weight_axes = "OI"
+    sees_input: ClassVar[bool] = False
     base: Held
 
     def __init__(self, base: Held, delta: Delta, *, name: str = "", **kwargs: Any) -> None:
         name = name.removesuffix(SUFFIX)
-        if delta.dropout > 0:
+        if delta.dropout > 0 and not self.sees_input:
             raise DoesNotFit(f"{name} is a parameter, so its adapter has no input that dropout could act on; set the dropout to 0")
-        stack = self.geometry(base).stack
-        try:
-            delta = delta.stacked(stack) if stack else delta
-        except DoesNotFit as error:
-            raise DoesNotFit(f"{name}: {error}") from error
         super().__init__(base, delta, name=name, **kwargs)
         self._hooks: list[RemovableHandle] = []
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        return isinstance(module, Held)
+        return isinstance(module, Held) and module.weight.ndim == 2
 
     @staticmethod
     def refuses(module: nn.Module) -> str | None:
@@ -79,36 +75,10 @@ class AdaptedParameter(AdaptedLayer):
         if not weight.is_floating_point():
             return f"it is {weight.dtype}; expected floating point"
         if isinstance(weight, DTensor):
-            return "it is tensor-parallel, and its adapter is not; leave it out of the plan"
+            return "it is sharded by a plan, and its adapter is not; leave it out of the plan"
         if getattr(type(module.reader), "forward", None) is nn.Module.forward:
             return f"it lies in a {type(module.reader).__name__}, which is never called itself, so an adapter would be dead"
         return None
-
-    @classmethod
-    def geometry(cls, base: nn.Module) -> Geometry:
-        assert isinstance(base, Held)
-        *stack, out, into = base.weight.shape
-        if stack and _turned(base):
-            out, into = into, out
-        return Geometry(out * (stack[0] if stack else 1), into, stack=stack[0] if stack else 0)
-
-    # -- the weight as a matrix --------------------------------------------------------------------------------------------
-
-    def rows_first(self, weight: Tensor) -> Tensor:
-        return weight.transpose(1, 2) if weight.ndim == 3 and _turned(self.base) else weight
-
-    def joined(self, weight: Tensor) -> Tensor:
-        return weight.flatten(0, 1) if weight.ndim == 3 else weight
-
-    def box(self) -> tuple[slice, slice]:
-        weight = self.base.weight
-        if weight.ndim == 2:
-            return super().box()
-        first, *others = box_of(weight)
-        if any(s.stop - s.start != n for s, n in zip(others, weight.shape[1:])):
-            raise ValueError(f"{self.name} is sharded inside its matrices; expected FSDP2's default, along the first dimension")
-        out = self.out_size // weight.shape[0]
-        return slice(first.start * out, first.stop * out), slice(0, self.in_size)
 
     # -- the shadow --------------------------------------------------------------------------------------------------------
 
@@ -124,7 +94,7 @@ class AdaptedParameter(AdaptedLayer):
             f = adapter.start_parts(weight.dtype) if start else adapter.parts(weight.dtype, parts=False)
             total = total + adapter.delta.dense(f)
         if self.has_gain_at_work():
-            gain = self.gain(self.parts(weight.dtype, parts=False))
+            gain = self.gain(self.parts(weight.dtype, parts=False)).flatten()
             total = (total * gain[:, None]).to(weight.dtype)  # type: ignore[index]
         return self.rows_first(total.view(view.shape))
 
@@ -151,9 +121,27 @@ class AdaptedParameter(AdaptedLayer):
         return self.base
 
 
-def _turned(base: Held) -> bool:
-    """Whether matrices of a stack are stored [in, out]: the module says so itself (GPT-OSS)."""
-    return bool(getattr(base.host, "is_transposed", False))
+class AdaptedStack(Stacked, AdaptedParameter):
+    """An adapted parameter that is a stack of matrices."""
+
+    def __init__(self, base: Held, delta: Delta, *, name: str = "", **kwargs: Any) -> None:
+        self.weight_axes = _axes(base)
+        super().__init__(base, delta, name=name.removesuffix(SUFFIX), **kwargs)
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return isinstance(module, Held) and module.weight.ndim == 3
+
+    @classmethod
+    def geometry(cls, base: nn.Module) -> Geometry:
+        assert isinstance(base, Held)
+        experts, out, into = (base.weight.shape[_axes(base).index(letter)] for letter in "EOI")
+        return Geometry(experts * out, into, stack=experts)
+
+
+def _axes(base: Held) -> str:
+    """How a stack is stored. [in, out] if the module says so itself (GPT-OSS)."""
+    return "EIO" if getattr(base.host, "is_transposed", False) else "EOI"
 
 
 def held(host: nn.Module, parameter: str, parent: nn.Module | None) -> Held:

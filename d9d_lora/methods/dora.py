@@ -18,7 +18,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from d9d_lora.methods.delta import Around, Cost, Draw, Geometry, Parts
+from d9d_lora.methods.delta import Around, Cost, Delta, Draw, Geometry, Parts
+from d9d_lora.methods.grouped import GroupedDelta
 from d9d_lora.thin import Thin
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -50,6 +51,9 @@ class DoRADelta(Around):
 
     def fit(self, geometry: Geometry) -> Self:
         return replace(self, low=self.low.fit(geometry))
+
+    def stacked(self, n: int) -> Delta:
+        return GroupedDelta(self, n)
 
     def sizes(self, out: int, into: int) -> dict[str, int]:
         return self.low.sizes(out, into)
@@ -87,7 +91,7 @@ class DoRADelta(Around):
             B, A = self.low.factors(f)
             dtype = squares.dtype
             across = (weight @ A.T.to(weight.dtype)).to(dtype)
-            norms = total(squared_norms(squares, across, B.to(dtype), A.to(dtype), self.scaling)).clamp_(min=0).sqrt_()
+            norms = total(squared_norms(squares, across, B.to(dtype), A.to(dtype), self.scaling)).clamp(min=0).sqrt_()
         return gain_of(f[MAGNITUDE], norms)
 
     def gain_whole(self, weight: Thin, f: Mapping[str, Tensor]) -> Tensor:

@@ -22,12 +22,12 @@ from d9d_lora.init.blind import BLIND, draw_of
 from d9d_lora.init.loftq import LoftQConfig
 from d9d_lora.init.survey import FROM_DATA, CordaConfig, EvaConfig, Start
 from d9d_lora.init.weights import factors_of, is_from_weight
-from d9d_lora.layers import AdaptedLayer, AdaptedLinear
+from d9d_lora.layers import AdaptedGroupedLinear, AdaptedLayer, AdaptedLinear
 from d9d_lora.method import InjectionError, PeftInjectionResult
 from d9d_lora.methods.delta import Delta, DoesNotFit, Draw, Geometry, Parts
 from d9d_lora.methods.dora import DoRADelta
+from d9d_lora.methods.grouped import GroupedDelta
 from d9d_lora.methods.merged import MergedDelta, check_slices, found
-from d9d_lora.methods.stacked import StackedDelta
 from d9d_lora.replicate import restack, restacked
 from d9d_lora.state.reader import named_state
 from d9d_lora.thin import Thin
@@ -186,9 +186,9 @@ class LoRADelta(Delta):
         return self
 
     def stacked(self, n: int) -> Delta:
-        if self.bias or self.init not in (True, False, "gaussian"):
-            raise DoesNotFit(f"a stack of {n} matrices takes init_lora_weights true, false or gaussian, and no lora_bias")
-        return StackedDelta(self, n)
+        if self.bias:
+            raise DoesNotFit(f"a stack of {n} matrices takes no lora_bias; leave it out")
+        return GroupedDelta(self, n)
 
     def sizes(self, out: int, into: int) -> dict[str, int]:
         return {"O": out, "I": into, "R": self.r}
@@ -268,6 +268,31 @@ class LoRALinear(AdaptedLinear):
     ) -> None:
         if params.r == 0 and delta is None:
             raise ValueError("LoRALinear needs r >= 1; with r = 0 there is no adapter: use the layer as it is")
+        super().__init__(base_layer, delta or delta_of(params), name=name, seed=seed, clock=clock)
+        if clock is None:
+            self.take_over()
+
+
+class LoRAGroupedLinear(AdaptedGroupedLinear):
+    """`GroupedLinear` (ours or d9d's) with LoRA factors `lora_A[experts, in, r]` and `lora_B[experts, r, out]`, beside its `base`.
+
+    Args:
+        base_layer: The layer to adapt; it is kept, not copied.
+        params: Rank, alpha and dropout.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        params: LoRAParameters,
+        *,
+        name: str = "",
+        seed: int | None = None,
+        clock: Clock | None = None,
+        delta: Delta | None = None,
+    ) -> None:
+        if params.r == 0 and delta is None:
+            raise ValueError("LoRAGroupedLinear needs r >= 1; with r = 0 there is no adapter: use the layer as it is")
         super().__init__(base_layer, delta or delta_of(params), name=name, seed=seed, clock=clock)
         if clock is None:
             self.take_over()
@@ -357,6 +382,10 @@ class LoRA(AdapterMethod[LoRAConfig]):
             assert isinstance(site.base, nn.Linear)
             assert isinstance(site.delta, LoRADelta | DoRADelta | MergedDelta)
             return LoRALinear(
+                site.base, self.config.params, name=site.names[0], seed=self.config.seed, clock=clock, delta=site.delta
+            )
+        if site.layer is AdaptedGroupedLinear:
+            return LoRAGroupedLinear(
                 site.base, self.config.params, name=site.names[0], seed=self.config.seed, clock=clock, delta=site.delta
             )
         return super().wrap(site, clock)

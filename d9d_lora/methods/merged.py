@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from d9d_lora.methods.delta import Around, Delta, DoesNotFit, Geometry, Parts
+from d9d_lora.methods.grouped import GroupedDelta
 
 # Families that keep the rows of a fused projection head by head, so that its parts are no slices.
 _INTERLEAVED = {"bloom", "codegen", "falcon", "gpt_neox", "gpt_neox_japanese", "persimmon"}
@@ -49,6 +50,9 @@ class MergedDelta(Around):
         if sum(slices) != out:
             raise DoesNotFit(f"slices {list(slices)} are {sum(slices)} output features, and the layer has {out}")
         return replace(self, slices=slices, low=self.low.fit(geometry))
+
+    def stacked(self, n: int) -> Delta:
+        return GroupedDelta(self, n)
 
     def sizes(self, out: int, into: int) -> dict[str, int]:
         size = self.low.sizes(out, into)

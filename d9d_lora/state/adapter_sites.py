@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from d9d_lora.adapters import AdapterMethod
-from d9d_lora.layers import AdaptedConv1D, AdaptedEmbedding, AdaptedLayer, AdaptedLinear
+from d9d_lora.layers import AdaptedConv1D, AdaptedEmbedding, AdaptedGroupedLinear, AdaptedLayer, AdaptedLinear, GroupedLinear
 from d9d_lora.layers.conv import AdaptedConv
-from d9d_lora.layers.parameter import SUFFIX, AdaptedParameter
+from d9d_lora.layers.parameter import SUFFIX, AdaptedParameter, AdaptedStack
 from d9d_lora.layers.parameter import Held as Parameter
 from d9d_lora.layers.shared import SharedFactor
 from d9d_lora.method import PeftMethod
@@ -333,7 +333,8 @@ def _bases(
     with torch.device("meta"):
         if parameter:
             forms: list[Form] = ["OI"] if len(shape) == 2 else ["EOI", "EIO"] if len(shape) == 3 else []
-            return [(form, AdaptedParameter, _parameter(shape, turned=form == "EIO")) for form in forms]
+            kind = AdaptedStack if len(shape) == 3 else AdaptedParameter
+            return [(form, kind, _parameter(shape, turned=form == "EIO")) for form in forms]
         if lookup:
             return [("IO", AdaptedEmbedding, nn.Embedding(*shape))] if len(shape) == 2 else []
         if len(shape) == 2:
@@ -342,9 +343,12 @@ def _bases(
             turned.weight = nn.Parameter(torch.empty(shape))
             turned.bias = None  # type: ignore[assignment]
             return [("OI", AdaptedLinear, straight), ("IO", AdaptedConv1D, turned)]
+        found: list[tuple[Form, type[AdaptedLayer], nn.Module]] = []
         if len(shape) in _CONVS and 0 not in shape:
-            return [("OI", AdaptedConv, _CONVS[len(shape)](shape[1], shape[0], shape[2:], bias=False))]
-    return []
+            found.append(("OI", AdaptedConv, _CONVS[len(shape)](shape[1], shape[0], shape[2:], bias=False)))
+        if len(shape) == 3:
+            found.append(("EIO", AdaptedGroupedLinear, GroupedLinear(*shape)))
+        return found
 
 
 def _parameter(shape: tuple[int, ...], *, turned: bool) -> Parameter:

@@ -173,7 +173,7 @@ class Add:
             return None
         if MAGNITUDE not in factors:
             raise AdapterError(f"{self.delta} scales the rows of {held.name!r} by a rule that is not known here: use merge_peft")
-        magnitude = factors[MAGNITUDE]
+        magnitude = factors[MAGNITUDE].flatten()  # of a stack [E, O]
         if self.form != "IO":  # a block has whole rows of [O, I]
             return lambda rows, sum_: gain_of(magnitude[rows], sum_.norm(dim=1))
         squares = torch.zeros_like(magnitude, dtype=torch.float64)  # one more pass over the weight, for the norms

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from d9d_lora.layers import AdaptedLayer
-from d9d_lora.layers.parameter import AdaptedParameter
 from d9d_lora.layers.tied import TiedHead
 from d9d_lora.placement import local_of
 from d9d_lora.quant.linear import NF4Linear
@@ -235,7 +234,7 @@ class _Live:
         weight: Tensor = layer.base.weight  # type: ignore[assignment]
         name = by_weight[id(weight)]
         self.layers[name] = layer
-        form = _form(layer, len(weight.shape))
+        form: Form = layer.weight_axes  # type: ignore[assignment]
         if self.tensors[name].transposed:
             form = _TURNED[form]
         self.edits[name] = Add(layer.delta, lambda: self._factors(name), form)
@@ -419,13 +418,6 @@ def _layers(model: nn.Module, *, dequantise: bool) -> list[tuple[list[str], Adap
         if not isinstance(layer.base, NF4Linear):
             layer.check_merge()
     return layers
-
-
-def _form(layer: AdaptedLayer, dims: int) -> Form:
-    if isinstance(layer, AdaptedParameter) and dims == 3:
-        host: Any = layer.base.host
-        return "EIO" if getattr(host, "is_transposed", False) else "EOI"
-    return layer.weight_axes  # type: ignore[return-value]
 
 
 def _routes(mapper: ModelStateMapper | None) -> dict[str, tuple[str, bool]]:

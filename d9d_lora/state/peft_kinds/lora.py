@@ -37,10 +37,11 @@ from d9d_lora.layers.tied import TiedHead, Turned
 from d9d_lora.methods.delta import Delta
 from d9d_lora.methods.delta import Parts as Box
 from d9d_lora.methods.dora import MAGNITUDE, DoRADelta
+from d9d_lora.methods.grouped import GroupedDelta
 from d9d_lora.methods.lora import LoRA, LoRAConfig, LoRADelta
 from d9d_lora.methods.merged import MergedDelta
-from d9d_lora.methods.stacked import StackedDelta
 from d9d_lora.replicate import restacked
+from d9d_lora.state import expert_layouts as experts
 from d9d_lora.state.names import PEFT_PREFIX
 from d9d_lora.state.peft_config import AdapterError, N, commonest, layer_names, pattern_faults, pattern_of, plain, targets_of
 from d9d_lora.state.peft_kinds.dialect import Dialect, Entry, Parts, Reading
@@ -121,7 +122,7 @@ class LoRADialect(Dialect):
         if low is None:
             return f"PEFT has no adapter such as {layer.delta}"
         if isinstance(layer, AdaptedParameter):
-            if isinstance(layer.delta, DoRADelta) or low.bias:
+            if has_dora(layer) or low.bias:
                 return f"PEFT adapts a bare parameter by plain LoRA only, and this is {layer.delta}"
             if layer.base.reader is not layer.base.host:
                 return "it is read by another module than the one that has it, which PEFT's wrapper would not reach"
@@ -129,7 +130,7 @@ class LoRADialect(Dialect):
 
     def disagreement(self, layers: Sequence[AdaptedLayer]) -> str | None:
         heads = [layer for layer in layers if isinstance(layer, TiedHead)]
-        dora = {isinstance(layer.delta, DoRADelta): layer.name for layer in layers}
+        dora = {has_dora(layer): layer.name for layer in layers}
         if len(dora) == 2:
             return f"{dora[True]} has a magnitude (DoRA) and {dora[False]} has none; PEFT has one `use_dora` for all layers"
         shift = {bias_of(layer): layer.name for layer in layers if layer not in heads}
@@ -165,7 +166,7 @@ class LoRADialect(Dialect):
             "rank_pattern": pattern_of(ranks, r),
             "target_modules": targets_of(modules, layer_names(model)) if modules else None,
             "target_parameters": sorted(bare) or None,
-            "use_dora": any(isinstance(layer.delta, DoRADelta) for layer in layers),
+            "use_dora": any(has_dora(layer) for layer in layers),
             "use_rslora": rslora,
         }
 
@@ -174,7 +175,7 @@ class LoRADialect(Dialect):
         r, scaling = meaning(config, layer.name)
         if r != delta.r or abs(scaling - delta.scaling) > 1e-12 * abs(delta.scaling):
             raise AdapterError(f"{layer.name}: the config says r={r} and scaling {scaling}; the layer has {delta}")
-        for name, has in (("use_dora", isinstance(layer.delta, DoRADelta)), ("lora_bias", delta.bias)):
+        for name, has in (("use_dora", has_dora(layer)), ("lora_bias", delta.bias)):
             if bool(config.get(name)) != has and not isinstance(layer, TiedHead):
                 raise AdapterError(f"{layer.name}: the config says {name}={config.get(name)}; the layer has {layer.delta}")
         if isinstance(layer, AdaptedParameter) and not named(layer.name, config["target_parameters"] or []):
@@ -270,7 +271,7 @@ class LoRADialect(Dialect):
 
 def low_of(delta: Delta) -> LoRADelta | None:
     """The plain LoRA inside a delta; None: there is none that a file could hold."""
-    while isinstance(delta, DoRADelta | MergedDelta | StackedDelta | Turned):
+    while isinstance(delta, DoRADelta | GroupedDelta | MergedDelta | Turned):
         delta = delta.low
     return delta if isinstance(delta, LoRADelta) else None
 
@@ -298,8 +299,13 @@ def on_disk(layer: AdaptedLayer) -> LoRADelta:
 
 
 def merged_of(delta: Delta) -> MergedDelta | None:
-    low = delta.low if isinstance(delta, DoRADelta) else delta
-    return low if isinstance(low, MergedDelta) else None
+    while isinstance(delta, DoRADelta | GroupedDelta):
+        delta = delta.low
+    return delta if isinstance(delta, MergedDelta) else None
+
+
+def has_dora(layer: AdaptedLayer) -> bool:
+    return isinstance(layer.delta.low if isinstance(layer.delta, GroupedDelta) else layer.delta, DoRADelta)
 
 
 def refuses_convolution(layer: AdaptedLayer, *, groups: bool, dilation: bool) -> str | None:
@@ -332,6 +338,8 @@ def _on_disk(layer: AdaptedLayer, factor: str, entry: Entry) -> Entry:
     (p,) = entry.sources
     here = entry.shape
     shape: tuple[int, ...]
+    if isinstance(layer.delta, GroupedDelta):
+        return _of_experts(layer, layer.delta, factor, entry)
     if factor in layer.origin and factor in ("lora_A", "lora_B"):
         rows = factor == "lora_A"
         shape = (2 * p.shape[0], p.shape[1]) if rows else (p.shape[0], 2 * p.shape[1])
@@ -351,6 +359,22 @@ def _on_disk(layer: AdaptedLayer, factor: str, entry: Entry) -> Entry:
             from_file=lambda t: t.reshape(here),
         )
     return entry
+
+
+def _of_experts(layer: AdaptedLayer, delta: GroupedDelta, factor: str, entry: Entry) -> Entry:
+    """The factors of a stack, fused: `state/expert_layouts.py`. [Note: wider on disk]"""
+    is_A, n, merged = factor == "lora_A", delta.n, merged_of(delta)
+    sources = (*entry.sources, layer.origin[factor]) if factor in layer.origin else entry.sources
+
+    def to_file(value: Tensor, start: Tensor | None = None) -> Tensor:
+        value = value if start is None else experts.beside(value, start, is_A=is_A)
+        if merged and not is_A:
+            value = torch.stack([_diagonal(merged, delta.out, B.mT).mT for B in value])
+        return (experts.fused_A if is_A else experts.fused_B)(value).contiguous()
+
+    from_file = partial(experts.from_fused_A if is_A else experts.from_fused_B, experts=n)
+    shape = tuple(to_file(*(torch.empty(t.shape, device="meta") for t in sources)).shape)
+    return replace(entry, sources=sources, shape=shape, to_file=to_file, from_file=from_file)
 
 
 def _beside(value: Tensor, start: Tensor, *, rows: bool) -> Tensor:

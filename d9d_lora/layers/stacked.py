@@ -1,0 +1,64 @@
+"""What all layers have in common whose weight is a stack of matrices, one for each expert: W[E, O, I], or turned, W[E, I, O].
+
+As a matrix it is [E O, I], expert after expert. The factors have the letter E too (`methods/grouped.py`), so where experts are shared out
+over ranks (expert parallelism, Shard(0)) each rank has the factors of its own, and no gradient is only a part of a sum.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d9d_lora.layers.base import AdaptedLayer, Fold
+from d9d_lora.methods.delta import Delta, DoesNotFit, Parts
+from d9d_lora.methods.grouped import GroupedDelta
+from d9d_lora.placement import local_of
+from d9d_lora.thin import ThinStack
+
+
+class Stacked(AdaptedLayer):
+    """An adapted stack of matrices."""
+
+    delta: GroupedDelta
+
+    def __init__(self, base: nn.Module, delta: Delta, *, name: str = "", **options: Any) -> None:
+        try:
+            delta = delta.stacked(self.geometry(base).stack)
+        except DoesNotFit as error:
+            raise DoesNotFit(f"{name or type(base).__name__}: {error}") from error
+        super().__init__(base, delta, name=name, **options)
+
+    # -- the weight ----------------------------------------------------------------------------------------------------------
+
+    def rows_first(self, weight: Tensor) -> Tensor:
+        return weight if self.weight_axes == "EOI" else weight.transpose(1, 2)
+
+    def joined(self, weight: Tensor) -> Tensor:
+        return weight.flatten(0, 1)
+
+    def experts_here(self) -> tuple[int, int]:
+        """(the first expert of this rank, how many it has)"""
+        return self.placing.span(self.delta.n, "E")
+
+    def box_here(self) -> tuple[slice, slice]:
+        _, cols = super().box_here()
+        start, n = self.experts_here()
+        return slice(start * self.delta.out, (start + n) * self.delta.out), cols
+
+    def thin(self) -> ThinStack:
+        return ThinStack(self.base.weight, self.weight_axes)  # type: ignore[arg-type]
+
+    def gain(self, f: Parts) -> Tensor:
+        """[E, O]"""
+        weight = self.placing.local(self.base.weight, self.weight_axes, parts=False)  # type: ignore[arg-type]
+        return self.delta.gain(self.rows_first(weight), f, self.placing.total)
+
+    # -- merge ---------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fold_(self, change: Fold) -> None:
+        """One matrix at a time: this rank may hold some experts, some of their rows or some of their columns."""
+        box, out = self.thin(), self.delta.out
+        local = self.rows_first(local_of(self.base.weight))  # type: ignore[arg-type]
+        for e, target in zip(range(box.experts.start, box.experts.stop), local):
+            target.copy_(change(target, slice(e * out + box.rows.start, e * out + box.rows.stop), box.cols))

@@ -1,0 +1,124 @@
+"""An update for each matrix of a stack, the experts of a mixture: dW_e = s B_e A_e, for e = 1 ... E.
+
+Any delta that is a product of thin factors has one: its factors with the letter E in front, and as the experts' weights are kept
+turned, [in, out], so are they: `lora_A` [E, I, R], `lora_B` [E, R, O], a magnitude [E, O]. As a matrix the stack is [E O, I], expert after
+expert. Each expert starts as a layer of its own: from its number, and from its own weight.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from d9d_lora.methods.delta import Around, Draw, Geometry, Parts
+from d9d_lora.placement import key_of
+from d9d_lora.thin import Thin, ThinStack
+
+
+@dataclass(frozen=True)
+class GroupedDelta(Around):
+    """The delta `low`, a product, for each of `n` matrices [out, into]."""
+
+    n: int
+    out: int = 0  # of one matrix; `fit` knows it
+    into: int = 0
+
+    @property
+    def has_gain(self) -> bool:  # type: ignore[override]
+        return self.low.has_gain
+
+    @property
+    def full_precision(self) -> frozenset[str]:  # type: ignore[override]
+        return self.low.full_precision
+
+    @property
+    def from_the_weight(self) -> bool:  # type: ignore[override]
+        return self.low.from_the_weight
+
+    @property
+    def moves_base(self) -> bool:  # type: ignore[override]
+        return self.low.moves_base
+
+    @property
+    def thin(self) -> bool:  # type: ignore[override]
+        return self.low.thin
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        return {name: f"E{letters[::-1]}" for name, letters in self.low.axes.items()}
+
+    def fit(self, geometry: Geometry) -> Self:
+        one = replace(geometry, out=geometry.out // self.n, stack=0)
+        return replace(self, low=self.low.fit(one), out=one.out, into=one.into)
+
+    def sizes(self, out: int, into: int) -> dict[str, int]:
+        return {**self.low.sizes(out // self.n, into), "E": self.n}
+
+    # -- starts --------------------------------------------------------------------------------------------------------------
+
+    def start(self, factor: str, *, lookup: bool) -> Draw | None:
+        draw = self.low.start(factor, lookup=lookup)
+        if draw is None:
+            return None
+
+        def every(w: Tensor, g: torch.Generator) -> None:
+            seed = g.initial_seed()
+            for e, one in enumerate(w):
+                matrix = torch.empty(one.shape[::-1])
+                draw(matrix, torch.Generator().manual_seed(key_of(seed, e)))
+                one.copy_(_turned(matrix))
+
+        return every
+
+    def start_from(self, weight: Thin, f: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert isinstance(weight, ThinStack)
+        found = [self.low.start_from(weight.one(e), self._one(f, e)) for e in range(self.n)]
+        return {name: torch.stack([_turned(values[name]) for values in found]) for name in found[0]}
+
+    # -- the update ----------------------------------------------------------------------------------------------------------
+
+    def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
+        """(B[E, O, R], A[E, R, I]) of the experts in hand."""
+        return vmap(lambda own: self.low.factors(self._parts(own, f)))(_low(f))  # type: ignore[no-any-return]
+
+    def dense(self, f: Parts) -> Tensor:
+        if f.rows.start == f.rows.stop:
+            return next(iter(f.values())).new_empty(0, f.cols.stop - f.cols.start)
+        B, A = self.factors(f)
+        dW = ((B * self.scaling) @ A).flatten(0, 1)
+        start = f.rows.start - f.rows.start // self.out * self.out  # the factors are those of whole matrices
+        return dW[start : start + f.rows.stop - f.rows.start]
+
+    def part(self, whole: Mapping[str, Tensor], rows: slice, cols: slice) -> Parts:
+        """The factors of the matrices that the rows of [E O, I] touch, restricted to the columns."""
+        box = {"E": slice(rows.start // self.out, -(-rows.stop // self.out)), "I": cols}
+        return Parts({n: t[tuple(box.get(a, slice(None)) for a in self.axes[n])] for n, t in whole.items()}, rows, cols)
+
+    def gain(self, weight: Tensor, f: Parts, total: Callable[[Tensor], Tensor]) -> Tensor:
+        """g[E, O], for weight[E, O, I]."""
+        return vmap(lambda W, own: self.low.gain(W, self._parts(own, f), lambda t: t))(weight, _low(f))  # type: ignore[no-any-return]
+
+    def gain_whole(self, weight: Thin, f: Mapping[str, Tensor]) -> Tensor:
+        """g[E O]"""
+        assert isinstance(weight, ThinStack)
+        return torch.cat([self.low.gain_whole(weight.one(e), self._one(f, e)) for e in range(self.n)])
+
+    def _parts(self, own: Mapping[str, Tensor], f: Parts) -> Parts:
+        return Parts(own, slice(0, self.out), f.cols)
+
+    def _one(self, f: Mapping[str, Tensor], e: int) -> dict[str, Tensor]:
+        return {name: _turned(t[e]) for name, t in f.items()}
+
+    def __str__(self) -> str:
+        return f"{self.low} x {self.n}"
+
+
+def _turned(t: Tensor) -> Tensor:
+    return t.mT if t.ndim == 2 else t
+
+
+def _low(f: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.mT if t.ndim == 3 else t for name, t in f.items()}

@@ -1,0 +1,192 @@
+"""Experts of transformers models: adapters beside grouped products, against W + dW in the model's own code, in fp64."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from d9d_lora import inject_peft_and_freeze, merge_peft, unmerge_peft
+from d9d_lora.layers import experts
+from d9d_lora.layers.experts import AdaptedExperts
+from d9d_lora.layers.parameter import AdaptedStack
+from d9d_lora.measure import saved_bytes
+from d9d_lora.methods.grouped import GroupedDelta
+from d9d_lora.registry import peft_method_from_config
+from d9d_lora.walk import adapted_layers
+from tests.test_laws import wake
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+MIX = {"num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 12, "moe_intermediate_size": 12}
+FAMILIES = {
+    "qwen3_moe": ("qwen3_moe", {**SHAPE, **MIX, "norm_topk_prob": True}),
+    "mixtral": ("mixtral", {**SHAPE, "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 12}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **{k: v for k, v in SHAPE.items() if k != "head_dim"},
+            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "intermediate_size": 20, "n_group": 2},
+            **{"topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 6, "q_lora_rank": 6},
+            **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
+        },
+    ),
+    "gpt_oss": ("gpt_oss", {**SHAPE, "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 12}),
+}
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
+IDS = torch.arange(14).view(2, 7)
+
+
+def model_of(family, dtype=torch.float64):
+    kind, fields = FAMILIES[family]
+    torch.manual_seed(3)
+    config = CONFIG_MAPPING[kind](vocab_size=67, bos_token_id=0, eos_token_id=1, pad_token_id=None, **fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model.to(dtype)
+
+
+def adapt(model, **changes):
+    params = {"r": 3, "alpha": 6, **changes.pop("params", {})}
+    method = peft_method_from_config({"kind": "lora", "target_parameters": STACKS, "params": params, **changes})
+    inject_peft_and_freeze(method, model)
+    method.initialise(model)
+    return method
+
+
+def loss_and_gradients(model):
+    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def as_one_sum(family, monkeypatch, **changes):
+    """The same model with W + dW built for the model's own loop over experts."""
+    model = model_of(family)
+    with monkeypatch.context() as m:
+        m.setattr(experts.AdaptedExperts, "fits", classmethod(lambda cls, module: False))
+        adapt(model, **changes)
+    model.set_experts_implementation("eager")
+    assert all(type(layer) is AdaptedStack for layer in adapted_layers(model))
+    return model
+
+
+CASES = {
+    "lora": {},
+    "dora": {"params": {"use_dora": True}},
+    "gate and up apart": {"target_parameters": STACKS[:1], "params": {"enable_lora": [True, True]}},
+    "pissa": {"params": {"init_lora_weights": "pissa"}},
+    "only down": {"target_parameters": STACKS[1:]},
+}
+
+
+CELLS = [(f, "lora") for f in FAMILIES] + [("qwen3_moe", c) for c in list(CASES)[1:]] + [("gpt_oss", "dora")]
+
+
+@pytest.mark.parametrize("family,case", CELLS)
+def test_loss_and_gradients_are_those_of_the_sum(family, case, monkeypatch):
+    changes = CASES[case]
+    if "target_parameters" in changes:
+        monkeypatch.setattr("tests.test_experts.STACKS", changes["target_parameters"])
+        changes = {k: v for k, v in changes.items() if k != "target_parameters"}
+    dense = as_one_sum(family, monkeypatch, **changes)
+    model = model_of(family)
+    adapt(model, **changes)
+    assert all(type(layer) is AdaptedExperts for layer in adapted_layers(model))
+    wake(dense), wake(model)
+    monkeypatch.setattr(GroupedDelta, "dense", None)  # no dW is built
+    found = loss_and_gradients(model)
+    monkeypatch.undo()
+    expected = loss_and_gradients(dense)
+    assert abs(found[0] - expected[0]) < 1e-10
+    assert found[1].keys() == expected[1].keys()
+    assert found[1]
+    for name, g in expected[1].items():
+        assert float(g.abs().max()) > 1e-6, f"{name} is dead"
+        assert float((found[1][name] - g).abs().max() / g.abs().max()) < 1e-9, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_start_merging_and_removal_leave_the_model(family):
+    model = model_of(family)
+    plain = copy.deepcopy(model)
+    plain.set_experts_implementation("eager")
+    expected = plain(input_ids=IDS, use_cache=False).logits
+    before, config = set(model.state_dict()), model.model.layers[1].mlp.experts.config
+    method = adapt(model)
+    assert (model(input_ids=IDS, use_cache=False).logits - expected).abs().max() < 1e-10
+    wake(model)
+    adapted = model(input_ids=IDS, use_cache=False).logits
+    assert (adapted - expected).abs().max() > 1e-3
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(input_ids=IDS, use_cache=False).logits, adapted)
+    merge_peft(method, model)
+    assert model.model.layers[1].mlp.experts.config is config
+    model.set_experts_implementation("eager")
+    assert (model(input_ids=IDS, use_cache=False).logits - adapted).abs().max() < 1e-10
+    unmerge_peft(method, model)
+    assert torch.equal(model(input_ids=IDS, use_cache=False).logits, adapted)
+    method.remove(model)
+    assert set(model.state_dict()) == before
+    assert (model(input_ids=IDS, use_cache=False).logits - expected).abs().max() < 1e-10
+
+
+def test_dropout_has_an_input_and_is_off_in_evaluation():
+    model = model_of("qwen3_moe")
+    adapt(model, params={"dropout": 0.5})
+    wake(model)
+    model.eval()
+    calm = model(input_ids=IDS, use_cache=False).logits
+    model.train()
+    one, two = (model(input_ids=IDS, use_cache=False).logits for _ in range(2))
+    assert all(not torch.allclose(a, b, atol=1e-3) for a, b in ((calm, one), (one, two)))
+
+
+def test_routers_are_adapted_by_name_only():
+    model = model_of("deepseek_v3")
+    method = peft_method_from_config({"kind": "lora", "target_modules": "all-linear", "target_parameters": STACKS})
+    inject_peft_and_freeze(method, model)
+    names = {layer.name for layer in adapted_layers(model)}
+    assert not any("gate" in name.split(".") for name in names)
+    assert "model.layers.1.mlp.shared_experts.down_proj" in names
+    assert "model.layers.1.mlp.experts.down_proj" in names
+    named = model_of("qwen3_moe")
+    inject_peft_and_freeze(peft_method_from_config({"kind": "lora", "target_parameters": ["gate.weight"]}), named)
+    assert {layer.name for layer in adapted_layers(named)} == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+
+
+def test_mutation_a_router_adapted_by_accident(monkeypatch):
+    """Without the rule, "all-linear" takes a router that is a linear layer."""
+    monkeypatch.setattr("d9d_lora.adapters.routers", lambda module: set())
+    from tests.test_grouped import test_all_linear_takes_experts_and_leaves_routers_alone as law
+
+    with pytest.raises(AssertionError):
+        law()
+
+
+def test_mutation_rows_in_another_order_than_their_experts(monkeypatch):
+    real = torch.Tensor.sort
+    dense = as_one_sum("qwen3_moe", monkeypatch)
+    model = model_of("qwen3_moe")
+    adapt(model)
+    wake(dense), wake(model)
+    monkeypatch.setattr(torch.Tensor, "sort", lambda t, **k: (real(t, **k)[0], real(t, **k)[1].flip(0)))
+    found = loss_and_gradients(model)[0]
+    monkeypatch.undo()
+    assert abs(found - loss_and_gradients(dense)[0]) > 1e-6
+
+
+def test_nothing_of_the_size_of_the_experts_is_kept_for_the_backward():
+    model = model_of("qwen3_moe", torch.float32)
+    adapt(model, params={"r": 4})
+    block = model.model.layers[0].mlp.experts
+    x = torch.randn(6, 16)
+    index = torch.stack([torch.randperm(5)[:2] for _ in range(6)])
+    weights = torch.full((6, 2), 0.5)
+    kept = saved_bytes(lambda: block(x, index, weights), [*model.parameters(), x, weights])
+    stack = block.gate_up_proj.numel() * 4
+    rows, H, I, r = 12, 16, 12, 4
+    # x, z, the gate and up (once as they are, once as activated and gated: SiLU's input, its output, up, the product), z of down, indices
+    assert kept < stack + 4 * rows * (H + 2 * r + 6 * I + 2 * H)
+    assert kept < 2 * 4 * rows * (H + 2 * r + 5 * I + H)
