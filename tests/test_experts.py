@@ -13,24 +13,25 @@ from d9d_lora.layers.experts import AdaptedExperts
 from d9d_lora.layers.parameter import AdaptedStack
 from d9d_lora.measure import saved_bytes
 from d9d_lora.methods.grouped import GroupedDelta
+from d9d_lora.placement import full_of
 from d9d_lora.registry import peft_method_from_config
+from d9d_lora.state.mappers import ModelStateMapperStack
+from d9d_lora.train import model as models
+from d9d_lora.train.config import ModelConfig, ParallelConfig
+from d9d_lora.train.world import World, join
 from d9d_lora.walk import adapted_layers
 from tests.test_laws import wake
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
 MIX = {"num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 12, "moe_intermediate_size": 12}
+DEEPSEEK = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 20}
+DEEPSEEK |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_group": 2, "topk_group": 1}
+DEEPSEEK |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 6, "q_lora_rank": 6}
+DEEPSEEK |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 FAMILIES = {
     "qwen3_moe": ("qwen3_moe", {**SHAPE, **MIX, "norm_topk_prob": True}),
     "mixtral": ("mixtral", {**SHAPE, "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 12}),
-    "deepseek_v3": (
-        "deepseek_v3",
-        {
-            **{k: v for k, v in SHAPE.items() if k != "head_dim"},
-            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "intermediate_size": 20, "n_group": 2},
-            **{"topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 6, "q_lora_rank": 6},
-            **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
-        },
-    ),
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK),
     "gpt_oss": ("gpt_oss", {**SHAPE, "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 12}),
 }
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -190,3 +191,75 @@ def test_nothing_of_the_size_of_the_experts_is_kept_for_the_backward():
     # x, z, the gate and up (once as they are, once as activated and gated: SiLU's input, its output, up, the product), z of down, indices
     assert kept < stack + 4 * rows * (H + 2 * r + 6 * I + 2 * H)
     assert kept < 2 * 4 * rows * (H + 2 * r + 5 * I + H)
+
+
+# -- files that hold each expert by itself, layouts ----------------------------------------------------------------------------------
+
+
+def loaded(directory, world):
+    """(model on a layout, its weights from files, the report)"""
+    base = models.open_model(ModelConfig(path=str(directory)), torch.float64)
+    method = peft_method_from_config({"kind": "lora", "target_parameters": STACKS, "params": {"r": 3, "alpha": 6}})
+    mapper = inject_peft_and_freeze(method, base.module)
+    if world.mesh is not None:
+        models.apply_data_parallel(base.module, world.mesh, world.parallel)
+    models.materialise(base, torch.device("cpu"))
+    report = models.load(base, mapper, ModelConfig(path=str(directory)))
+    method.initialise(base.module)
+    wake(base.module)
+    return base.module, report
+
+
+def trained_on_shards(rank, directory):
+    one, whole = loaded(directory, World(0, 1, torch.device("cpu"), ParallelConfig(dp_shard=1), None))
+    two, part = loaded(directory, join(torch.device("cpu"), ParallelConfig(), 60))
+    real = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).state_dict()
+    for name, p in one.named_parameters():
+        plain = name.replace(".base.", ".")
+        if plain in real:
+            assert torch.equal(p, real[plain]), name
+    experts_bytes = sum(4 * t.numel() for n, t in real.items() if "experts." in n)
+    ours = next(layer for layer in adapted_layers(two)).base.weight.to_local().shape[0]
+    assert ours == (3 if rank == 0 else 2)
+    rest = whole.bytes_read - experts_bytes
+    assert part.bytes_read <= experts_bytes * ours / 5 + rest * 0.6, "a rank reads its own experts only"
+    expected, found = loss_and_gradients(one), loss_and_gradients(two)  # the same batch on both ranks: twice the loss
+    assert abs(found[0] - expected[0]) < 1e-10
+    for name, g in expected[1].items():
+        assert float((full_of(found[1][name]) - 2 * g).abs().max() / g.abs().max()) < 1e-9, name
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_are_streamed_into_shards_and_train_there(pool, tmp_path, family):
+    model_of(family, torch.float32).save_pretrained(tmp_path)
+    pool.run(2, trained_on_shards, tmp_path)
+
+
+def test_mutation_the_experts_of_a_file_in_the_order_of_their_names(pool, tmp_path, monkeypatch):
+    """Eleven experts: as text, 10 comes before 2."""
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", ("qwen3_moe", {**FAMILIES["qwen3_moe"][1], "num_experts": 11}))
+    model_of("qwen3_moe", torch.float32).save_pretrained(tmp_path)
+    world = World(0, 1, torch.device("cpu"), ParallelConfig(dp_shard=1), None)
+    real = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).state_dict()
+
+    def right():
+        model, _ = loaded(tmp_path, world)
+        return all(torch.equal(p, real[n]) for n, p in model.named_parameters() if n.endswith("_proj") and n in real)
+
+    assert right()
+    monkeypatch.setattr("d9d_lora.state.expert_files._natural", lambda name: name)
+    assert not right()
+
+
+def test_experts_that_differ_are_refused():
+    stack = ModelStateMapperStack([["a", "b"], ["c", "d"]], "x").route("x")
+
+    class Files:
+        def shape(self, name):
+            return (2, 3) if name != "d" else (2, 4)
+
+        def dtype(self, name):
+            return torch.float32
+
+    with pytest.raises(ValueError, match="experts alike"):
+        stack.outline(Files())

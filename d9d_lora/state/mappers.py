@@ -2,7 +2,7 @@
 
     state_dependency_groups()   {inputs} -> {outputs}: what is read and what comes of it, known before a byte is read
     apply(group)                the tensors of one such group, transformed
-    route(output)               optional: "this output is that input, or its transpose"; lets a reader read a shard only
+    route(output)               optional: "this output is that input, its transpose, or a stack of inputs"; lets a reader read a shard only
 
 The first two are d9d's contract, by shape and not by inheritance: one of these objects works inside d9d's mappers and
 loader, and d9d's work inside these. Everything here is linear in the number of keys, and is walked in sorted order.
@@ -12,8 +12,9 @@ import abc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -27,6 +28,16 @@ class StateGroup:
     outputs: frozenset[str]
 
 
+class Files(Protocol):
+    """Tensors by name, of which a part can be read."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, box: tuple[slice, ...] | None = None) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Route:
     """An output that is the tensor `name` unchanged, or its 2-D transpose."""
@@ -37,6 +48,44 @@ class Route:
     def back(self, sizes: tuple[T, ...]) -> tuple[T, ...]:
         """A shape, or a box of slices, of the output in the dimensions of the tensor `name`."""
         return sizes[::-1] if self.transposed else sizes
+
+    def outline(self, files: Files) -> Tensor:
+        """The output's shape and dtype, on meta."""
+        return torch.empty(self.back(files.shape(self.name)), dtype=files.dtype(self.name), device="meta")
+
+    def read(self, files: Files, box: tuple[slice, ...]) -> Tensor:
+        """A box of the output; nothing else is read."""
+        part = files.read(self.name, self.back(box))
+        return part.t() if self.transposed else part
+
+
+@dataclass(frozen=True)
+class StackRoute:
+    """An output [E, O, I] that is a stack of matrices: `names[e]` are those of expert e, rows after rows (gate, then up)."""
+
+    names: tuple[tuple[str, ...], ...]
+
+    def outline(self, files: Files) -> Tensor:
+        shapes = {tuple(files.shape(name) for name in one) for one in self.names}
+        dtypes = {files.dtype(name) for one in self.names for name in one}
+        (parts, *others), (dtype, *mixed) = sorted(shapes), sorted(dtypes, key=str)
+        if others or mixed or any(len(shape) != 2 or shape[1] != parts[0][1] for shape in parts):
+            raise ValueError(f"expected experts alike, of matrices with as many columns; got {[parts, *others]}, {[dtype, *mixed]}")
+        return torch.empty(len(self.names), sum(shape[0] for shape in parts), parts[0][1], dtype=dtype, device="meta")
+
+    def read(self, files: Files, box: tuple[slice, ...]) -> Tensor:
+        experts, rows, cols = box
+        return torch.stack([self._one(files, self.names[e], rows, cols) for e in range(experts.start, experts.stop)])
+
+    def _one(self, files: Files, names: tuple[str, ...], rows: slice, cols: slice) -> Tensor:
+        found, start = [], 0
+        for name in names:
+            stop = start + files.shape(name)[0]
+            low, high = max(rows.start, start), min(rows.stop, stop)
+            if low < high:
+                found.append(files.read(name, (slice(low - start, high - start), cols)))
+            start = stop
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class ModelStateMapper(abc.ABC):
@@ -50,7 +99,7 @@ class ModelStateMapper(abc.ABC):
     def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs of one group, from exactly its inputs."""
 
-    def route(self, output: str) -> Route | None:
+    def route(self, output: str) -> Route | StackRoute | None:
         """Which input `output` is a plain view of; None where it takes more than that (then a reader reads all)."""
         return None
 
@@ -65,7 +114,7 @@ def sorted_groups(mapper: ModelStateMapper) -> list[StateGroup]:
     return sorted(groups, key=lambda group: (min(group.inputs, default=""), min(group.outputs, default="")))
 
 
-def route_of(mapper: ModelStateMapper, output: str) -> Route | None:
+def route_of(mapper: ModelStateMapper, output: str) -> Route | StackRoute | None:
     """`mapper.route(output)`, and None for a mapper of another library that has no such method."""
     route = getattr(mapper, "route", None)
     return route(output) if route is not None else None
@@ -112,6 +161,23 @@ class ModelStateMapperTranspose(_OneToOne):
         return Route(self._from, transposed=True) if output == self._to else None
 
 
+class ModelStateMapperStack(ModelStateMapper):
+    """{the matrices of every expert} -> {name_to}, the stack [E, O, I]; `names[e]` are those of expert e, rows after rows."""
+
+    def __init__(self, names: Sequence[Sequence[str]], name_to: str) -> None:
+        self._route = StackRoute(tuple(tuple(one) for one in names))
+        self._to = name_to
+
+    def state_dependency_groups(self) -> frozenset[StateGroup]:
+        return frozenset([StateGroup(frozenset(name for one in self._route.names for name in one), frozenset([self._to]))])
+
+    def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {self._to: torch.stack([torch.cat([group[name] for name in one]) for one in self._route.names])}
+
+    def route(self, output: str) -> Route | StackRoute | None:
+        return self._route if output == self._to else None
+
+
 class ModelStateMapperParallel(ModelStateMapper):
     """Mappers side by side, each group routed to the mapper that declared it.
 
@@ -141,7 +207,7 @@ class ModelStateMapperParallel(ModelStateMapper):
     def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
         return _look_up(self._by_inputs, group).apply(group)
 
-    def route(self, output: str) -> Route | None:
+    def route(self, output: str) -> Route | StackRoute | None:
         return route_of(self._by_output[output], output) if output in self._by_output else None
 
 
@@ -197,12 +263,16 @@ class ModelStateMapperSequential(ModelStateMapper):
             state = following
         return {key: state[key] for key in sorted(state)}
 
-    def route(self, output: str) -> Route | None:
+    def route(self, output: str) -> Route | StackRoute | None:
         found = Route(output)
-        for stage in reversed(self._stages):
+        for i, stage in reversed(list(enumerate(self._stages))):
             if found.name in stage.passing:
                 continue
             step = route_of(stage.mapper, found.name)
+            if isinstance(step, StackRoute):
+                names = {name for one in step.names for name in one}
+                as_they_are = not found.transposed and all(names <= before.passing for before in self._stages[:i])
+                return step if as_they_are else None
             if step is None:
                 return None
             found = Route(step.name, found.transposed != step.transposed)

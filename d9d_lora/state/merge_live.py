@@ -37,7 +37,7 @@ from d9d_lora.placement import local_of
 from d9d_lora.quant.linear import NF4Linear
 from d9d_lora.replicate import restacked
 from d9d_lora.state.atomic import RanksFailed, decided, gather, rank_and_world, together
-from d9d_lora.state.mappers import ModelStateMapper, route_of, sorted_groups
+from d9d_lora.state.mappers import ModelStateMapper, Route, route_of, sorted_groups
 from d9d_lora.state.merge_edit import FLOATS, Add, Edit, Form, Output, Shift
 from d9d_lora.state.merge_files import MergeReport, check_dtype, copy_beside, report_of, tell_config, tell_index
 from d9d_lora.state.merge_work import Shard, build, refuse_existing, shards_of
@@ -426,7 +426,7 @@ def _routes(mapper: ModelStateMapper | None) -> dict[str, tuple[str, bool]]:
     for group in sorted_groups(mapper) if mapper is not None else ():
         for output in sorted(group.outputs):
             route = route_of(mapper, output)  # type: ignore[arg-type]
-            if route is None:
+            if not isinstance(route, Route):
                 raise AdapterError(f"{output!r} is made of {sorted(group.inputs)[:3]} by its mapper, which cannot be turned round")
             found[clean(output)] = route.name, route.transposed
     return found

@@ -19,6 +19,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -32,6 +33,7 @@ from d9d_lora.state.mappers import (
     ModelStateMapperParallel,
     ModelStateMapperRename,
     Route,
+    StackRoute,
     StateGroup,
     route_of,
     sorted_groups,
@@ -149,20 +151,16 @@ class _Step:
     group: StateGroup
     mapper: ModelStateMapper
     runs: dict[str, Runs]
-    routes: dict[str, Route]
+    routes: dict[str, Route | StackRoute]
 
     def read(self, files: CheckpointFiles, in_blocks: Collection[str]) -> Iterator[Part]:
         """The local values of each wanted output; of those `in_blocks`, some rows at a time."""
         for name, route in sorted(self.routes.items()):
 
-            def piece(box: tuple[slice, ...], route: Route = route) -> Tensor:
-                part = files.read(route.name, route.back(box))
-                return part.t() if route.transposed else part
-
             runs = self.runs[name]
-            row = files.dtype(route.name).itemsize * math.prod(shape_of(runs)[1:])
+            row = route.outline(files).element_size() * math.prod(shape_of(runs)[1:])
             for rows, some in _row_blocks(runs, max(1, BLOCK // max(1, row)) if name in in_blocks else None):
-                yield name, rows, assemble(piece, some)
+                yield name, rows, assemble(partial(route.read, files), some)
         if rest := sorted(self.runs.keys() - self.routes.keys()):
             made = self.mapper.apply({name: files.read(name) for name in sorted(self.group.inputs)})
             for name in rest:
@@ -219,20 +217,24 @@ class _Plan:
             self.sources[name] = inputs
         wanted = [name for name in wanted if _is_here(self.targets[name])]
         routes = {name: route for name in wanted if (route := route_of(mapper, name))}
-        outlines = {name: self._routed(route) for name, route in routes.items()}
+        outlines = {name: found for name, route in routes.items() if (found := self._routed(name, route)) is not None}
         if len(routes) < len(wanted):
             outlines |= self._applied(group, mapper)
         runs = {name: self._check(name, outlines.get(name)) for name in wanted}
         if wanted:
             self.steps.append(_Step(group, mapper, runs, routes))
 
-    def _routed(self, route: Route) -> Tensor:
-        return torch.empty(route.back(self.files.shape(route.name)), dtype=self.files.dtype(route.name), device="meta")
+    def _routed(self, name: str, route: Route | StackRoute) -> Tensor | None:
+        try:
+            return route.outline(self.files)
+        except ValueError as error:
+            self._fault("misshapen", name, str(error))
+            return None
 
     def _applied(self, group: StateGroup, mapper: ModelStateMapper) -> dict[str, Tensor]:
         """The mapper run on shapes alone: what it would make, without the bytes."""
         try:
-            made = mapper.apply({name: self._routed(Route(name)) for name in sorted(group.inputs)})
+            made = mapper.apply({name: Route(name).outline(self.files) for name in sorted(group.inputs)})
         except NotImplementedError:  # an operator that has no rule for shapes alone: the copy will tell
             return {}
         except Exception as error:

@@ -24,6 +24,7 @@ from d9d_lora.layers import AdaptedLayer
 from d9d_lora.placement import local_of
 from d9d_lora.quant.load import packed_tensors, quantise_, sinks
 from d9d_lora.replicate import groups_that_share
+from d9d_lora.state.expert_files import expert_mapper
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperSequential
 from d9d_lora.state.reader import LoadReport, hf_prefix_mapper, load_checkpoint
 from d9d_lora.state.safetensors_dir import open_checkpoint
@@ -286,13 +287,21 @@ def load(base: Base, mapper: ModelStateMapper, config: ModelConfig) -> LoadRepor
     module = base.module
     with open_checkpoint(base.directory) as files:
         chain: list[ModelStateMapper] = [mapper]
+        names = list(files.names())
+        converted = expert_mapper(module, names)
+        if converted is not None:
+            groups = converted.state_dependency_groups()
+            taken = {name for group in groups for name in group.inputs}
+            names = [name for name in names if name not in taken] + [name for group in groups for name in group.outputs]
         prefix = getattr(module, "base_model_prefix", "")
         if prefix:
             renamed = {out: inp for g in mapper.state_dependency_groups() for inp in g.inputs for out in g.outputs}
             expected = [renamed.get(n, n) for n, _ in module.named_parameters(remove_duplicate=False)]
-            mend = hf_prefix_mapper(expected, files.names(), prefix)
+            mend = hf_prefix_mapper(expected, names, prefix)
             if mend is not None:
                 chain.insert(0, mend)
+        if converted is not None:
+            chain.insert(0, converted)
         ignore = [*config.ignore_unexpected, *(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or [])]
         ignore += [r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$"]  # caches that older files hold
         whole = chain[0] if len(chain) == 1 else ModelStateMapperSequential(chain)
