@@ -60,6 +60,18 @@ def routers(module: nn.Module) -> set[str]:
     return {name for name, m in linear if any(_is_router(name, block) and m.out_features in near.get(block, ()) for block in _near(name))}
 
 
+def top_k_of(module: nn.Module, name: str) -> int | None:
+    """How many experts a token meets, as a module near the stack tells, or its config; None if none does."""
+    for block in _near(name):
+        around = module.get_submodule(block)
+        for m in (around, *around.modules()):
+            config = getattr(m, "config", None)
+            told = (getattr(m, "top_k", None), getattr(m, "_top_k", None), getattr(config, "num_experts_per_tok", None))
+            if (found := next((k for k in told if isinstance(k, int)), None)) is not None:
+                return found
+    return None
+
+
 def _near(name: str) -> list[str]:
     """The names of the modules that hold this one, from the nearest."""
     parts = name.split(".")

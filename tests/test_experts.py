@@ -193,6 +193,33 @@ def test_nothing_of_the_size_of_the_experts_is_kept_for_the_backward():
     assert kept < 2 * 4 * rows * (H + 2 * r + 5 * I + H)
 
 
+def test_the_rank_of_an_expert_may_be_a_share_of_r():
+    model = model_of("qwen3_moe")
+    adapt(model, params={"r": 4, "expert_rank": "r/top_k"})
+    assert {layer.lora_A.weight.shape[-1] for layer in adapted_layers(model)} == {2}
+    assert {layer.delta.scaling for layer in adapted_layers(model)} == {3.0}
+    with pytest.raises(ValueError, match="r=3 is no multiple of top_k=2"):
+        adapt(model_of("mixtral"), params={"expert_rank": "r/top_k"})
+
+
+def test_rows_in_turn_have_no_slices():
+    with pytest.raises(ValueError, match="gate and up in turn"):
+        adapt(model_of("gpt_oss"), params={"enable_lora": [True, True]})
+
+
+def test_the_table_tells_of_experts(capsys):
+    from d9d_lora.train.report import census, show_census
+
+    nothing = {"target_parameters": None, "target_modules": "all-linear"}
+    for targets, words in (({}, "4 of these are adapted"), (nothing, "no expert is adapted")):
+        model = model_of("qwen3_moe")
+        adapt(model, **targets)
+        found = census(model)
+        assert found["experts"]["elements"] == sum(p.numel() for p in model.parameters() if p.ndim == 3 and not p.requires_grad)
+        show_census(found, [])
+        assert words in capsys.readouterr().out.replace("\n", " ")
+
+
 # -- files that hold each expert by itself, layouts ----------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ Hu et al. 2021, arXiv:2106.09685; rank stabilisation: Kalajdzievski 2023, arXiv:
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,11 +23,14 @@ from d9d_lora.init.loftq import LoftQConfig
 from d9d_lora.init.survey import FROM_DATA, CordaConfig, EvaConfig, Start
 from d9d_lora.init.weights import factors_of, is_from_weight
 from d9d_lora.layers import AdaptedGroupedLinear, AdaptedLayer, AdaptedLinear
+from d9d_lora.layers.experts import AdaptedExperts
+from d9d_lora.layers.stacked import Stacked
 from d9d_lora.method import InjectionError, PeftInjectionResult
 from d9d_lora.methods.delta import Delta, DoesNotFit, Draw, Geometry, Parts
 from d9d_lora.methods.dora import DoRADelta
 from d9d_lora.methods.grouped import GroupedDelta
 from d9d_lora.methods.merged import MergedDelta, check_slices, found
+from d9d_lora.mixture import top_k_of
 from d9d_lora.replicate import restack, restacked
 from d9d_lora.state.reader import named_state
 from d9d_lora.thin import Thin
@@ -54,6 +57,9 @@ class LoRAParameters(BaseModel):
     lora_bias: bool = Field(False, description="a bias on B as well; merging needs a base with a bias")
     use_dora: bool = Field(False, description="learn a magnitude for every output row as well: `methods/dora.py`")
     enable_lora: list[bool] | None = Field(None, description="of layers that are several in one, which have an update: `methods/merged.py`")
+    expert_rank: Literal["r", "r/top_k"] = Field(
+        "r", description="rank of each expert of a stack: r, or r divided by the experts a token meets, whose ranks are then r together"
+    )
     slices: list[int] | None = Field(None, description="the output features of each of these; null: as the model tells, or equal")
 
     @model_validator(mode="before")
@@ -248,6 +254,14 @@ def delta_of(
     return DoRADelta(low) if params.use_dora else low
 
 
+def with_rank(delta: Delta, r: int) -> Delta:
+    """A delta of LoRA's kind with another rank and the same alpha."""
+    if isinstance(delta, DoRADelta | MergedDelta):
+        return replace(delta, low=with_rank(delta.low, r))
+    assert isinstance(delta, LoRADelta)
+    return replace(delta, r=r)
+
+
 class LoRALinear(AdaptedLinear):
     """`nn.Linear` with LoRA factors `lora_A[r, in]` and `lora_B[out, r]`, beside its `base`.
 
@@ -371,11 +385,29 @@ class LoRA(AdapterMethod[LoRAConfig]):
         sites, passed_over = super().sites(module)
         for site in sites if self.config.params.enable_lora else ():
             host = module.get_submodule(site.names[0].rpartition(".")[0])
+            if issubclass(site.layer, AdaptedExperts) and not getattr(host, "is_concatenated", True):
+                raise InjectionError(f"{site.names[0]}: its rows are of gate and up in turn, so enable_lora has no slices; leave it out")
             try:
                 site.delta = found(site.delta, host, site.layer.geometry(site.base).out)
             except DoesNotFit as error:
                 raise InjectionError(f"{site.names[0]}: {error}") from error
+        for site in sites if self.config.params.expert_rank == "r/top_k" else ():
+            if issubclass(site.layer, Stacked):
+                site.delta = self._divided(module, site)
         return sites, passed_over
+
+    def _divided(self, module: nn.Module, site: Site) -> Delta:
+        """The site's delta with the rank of one of the experts that a token meets."""
+        top_k = top_k_of(module, site.names[0])
+        if not top_k:
+            raise InjectionError(f"{site.names[0]}: expert_rank: r/top_k, and nothing near it tells how many experts a token meets; set r")
+        low = site.delta
+        while isinstance(low, DoRADelta | MergedDelta):
+            low = low.low
+        assert isinstance(low, LoRADelta)
+        if low.r % top_k:
+            raise InjectionError(f"{site.names[0]}: expert_rank: r/top_k, and r={low.r} is no multiple of top_k={top_k}; give one that is")
+        return with_rank(site.delta, low.r // top_k)
 
     def wrap(self, site: Site, clock: Clock) -> AdaptedLayer:
         if site.layer is AdaptedLinear:

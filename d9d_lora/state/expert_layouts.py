@@ -2,13 +2,21 @@
 
 Ours: A[E, I, R], B[E, R, O], dW_e = s (A_e B_e)^T. Letters as in `methods/grouped.py`; the layouts here are
 
-    PEFT, fused       A[E R, I] expert after expert, B[O, R E] rank after rank: column r E + e of B is column r of B_e
-    PEFT, per expert  A_e[R, I], B_e[O, R] under a name for each expert: files of models whose experts are modules
-    GGUF              A[E, R, I], B[E, O, R]: llama.cpp multiplies the rows of an expert by matrix e of both
+    fused        A[E R, I] expert after expert, B[O, R E] rank after rank: column r E + e of B is column r of B_e. PEFT writes it for
+                 `target_parameters`; vLLM reads it for models that it calls 3-D (`experts.base_layer`: gate and up, `experts`: down)
+    per expert   A_e[R, I], B_e[O, R] under a name for each expert, and for gate and up: what PEFT writes for models whose experts
+                 are modules, and what vLLM reads for all other models
+    GGUF         A[E, R, I], B[E, O, R]: llama.cpp multiplies the row of a token by matrix e of both, `alpha / R` being the scale
+
+Sources: peft 0.21.2, `ParamWrapper`; vLLM, `lora/model_manager.py`; llama.cpp, `build_lora_mm_id`.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]  # A[R, I], B[O, R] of one matrix
 
 
 def fused_A(A: Tensor) -> Tensor:
@@ -45,3 +53,23 @@ def beside(value: Tensor, start: Tensor, *, is_A: bool) -> Tensor:
     """[A|A0] along the rank, or [B|-B0], of rank 2 R: A B - A0 B0."""
     start = start.to(value)
     return torch.cat([value, start if is_A else -start], 2 if is_A else 1)
+
+
+def per_expert(A: Tensor, B: Tensor, slices: Sequence[int] | None = None) -> list[list[Pair]]:
+    """[expert][slice] -> (A_e[R, I], B_e[O_k, R]); `slices`: the rows O_k of what is fused in one matrix (gate, up)."""
+    cut = list(slices or [B.shape[2]])
+    if sum(cut) != B.shape[2]:
+        raise ValueError(f"slices {cut} are {sum(cut)} rows, and the matrices have {B.shape[2]}")
+    return [[(A_e.T, B_k.T) for B_k in B_e.split(cut, 1)] for A_e, B_e in zip(A, B)]
+
+
+def from_per_expert(experts: Sequence[Sequence[Pair]]) -> Pair:
+    """The reverse: A[E, I, R], B[E, R, O].
+
+    Where the slices of an expert have an A of their own, they stay apart: the ranks add up, and B has blocks on a diagonal of zeros.
+    """
+    shared = all(torch.equal(A, one[0][0]) for one in experts for A, _ in one)
+    if shared:
+        return torch.stack([one[0][0].T for one in experts]), torch.stack([torch.cat([B for _, B in one]).T for one in experts])
+    wide = torch.stack([torch.cat([A for A, _ in one]).T for one in experts])
+    return wide, torch.stack([torch.block_diag(*(B.T for _, B in one)) for one in experts])

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from d9d_lora.mixture import stacks
 from d9d_lora.placement import local_of
 from d9d_lora.quant.linear import NF4Linear
 from d9d_lora.state.names import clean
@@ -67,6 +68,7 @@ def census(module: nn.Module, shards: int = 1, choice: Choice | None = None) -> 
         "total": sum(p.numel() for p in module.parameters()) + sum(m.hidden() for m in module.modules() if isinstance(m, NF4Linear)),
         "bytes_here": int(sum(r["bytes_here"] for r in table)),
         "over_data": over_data(choice),
+        "experts": experts_of(module),
     }
 
 
@@ -77,6 +79,17 @@ def over_data(choice: Choice | None) -> str:
     more = size(KEPT * (choice.whole - choice.cut))
     how = "whole on each data-parallel rank, with one sum a step" if choice.replicate else "sharded with their blocks"
     return f"adapters: {how} ({choice.why}; being whole takes {more} more, optimiser state included)"
+
+
+
+def experts_of(module: nn.Module) -> dict[str, int] | None:
+    """How many of the experts' stacks are adapted, and what they weigh; None of a model without any."""
+    found = stacks(module)
+    if not found:
+        return None
+    adapted = [stack for stack in found if stack.adapted]
+    weights = {"elements": sum(stack.elements for stack in found), "adapted_elements": sum(stack.elements for stack in adapted)}
+    return {"stacks": len(found), "adapted": len(adapted), "experts": max(stack.experts for stack in found), **weights}
 
 
 def placement_of(p: nn.Parameter) -> str:
@@ -101,6 +114,11 @@ def show_census(found: Mapping[str, Any], passed_over: list[str]) -> None:
     )
     if found["over_data"]:
         console.print(found["over_data"], highlight=False)
+    if experts := found.get("experts"):
+        part = 100 * experts["elements"] / max(found["total"], 1)
+        said = f"experts: {part:.1f} % of the parameters, in {experts['stacks']} stacks; {experts['adapted']} of these are adapted"
+        none = "WARNING: no expert is adapted. Name them, as peft.target_parameters=[experts.gate_up_proj,experts.down_proj]"
+        console.print(said if experts["adapted"] else f"{said}\n{none}", highlight=False, markup=False)
     if passed_over:
         console.print(f"matched, and left alone: {', '.join(passed_over[:8])}{' ...' if len(passed_over) > 8 else ''}")
 
