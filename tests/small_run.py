@@ -14,11 +14,11 @@ from d9d_lora.train.world import device_of, join
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
-def make_assets(directory: Path, **changes: Any) -> Path:
+def make_assets(directory: Path, family: str = "llama", **changes: Any) -> Path:
     """`directory/model` and `directory/data.jsonl`."""
     torch.manual_seed(11)
     fields = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
-    config = CONFIG_MAPPING["llama"](vocab_size=400, tie_word_embeddings=True, **{**fields, **changes})
+    config = CONFIG_MAPPING[family](vocab_size=400, tie_word_embeddings=True, **{**fields, **changes})
     model = AutoModelForCausalLM.from_config(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ from d9d_lora.train import model as models
 from d9d_lora.train.config import ModelConfig, ParallelConfig
 from d9d_lora.train.world import World, join
 from d9d_lora.walk import adapted_layers
+from tests.small_run import losses, make_assets, run
 from tests.test_laws import wake
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
@@ -290,3 +292,17 @@ def test_experts_that_differ_are_refused():
 
     with pytest.raises(ValueError, match="experts alike"):
         stack.outline(Files())
+
+
+def test_a_run_on_shards_is_that_of_one_process(pool, tmp_path):
+    """The trainer: experts streamed from files, dropout before them, evaluation, and one PEFT directory at the end."""
+    assets = make_assets(tmp_path, "qwen3_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=6)
+    peft = {"kind": "lora", "target_modules": "all-linear", "target_parameters": STACKS, "params": {"r": 4, "alpha": 8, "dropout": 0.1}}
+    runs = {world: pool.run(world, run, assets, tmp_path / str(world), {"peft": peft, "train__steps": 3})[0] for world in (1, 2)}
+    for a, b in zip(losses(runs[1]), losses(runs[2]), strict=True):
+        assert abs(a - b) < 1e-7 * abs(a)
+    one, two = (load_file(tmp_path / str(world) / "adapter" / "adapter_model.safetensors") for world in (1, 2))
+    assert one.keys() == two.keys()
+    assert all((one[k] - two[k]).abs().max() < 1e-6 for k in one)
+    assert one["base_model.model.model.layers.0.mlp.experts.lora_A.weight"].shape == (5 * 4, 12)
+    assert any(t.abs().max() > 0 for k, t in one.items() if "experts" in k and "lora_B" in k)

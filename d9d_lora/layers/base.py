@@ -531,8 +531,8 @@ def adapter_dtype(base: torch.dtype) -> torch.dtype:
 
 
 def row_squares(weight: Tensor) -> Tensor:
-    """[O, I] -> [O], at least in fp32."""
-    return torch.linalg.vector_norm(weight, dim=1, dtype=at_least_fp32(weight[:0]).dtype).square()
+    """[..., O, I] -> [..., O], at least in fp32."""
+    return torch.linalg.vector_norm(weight, dim=-1, dtype=at_least_fp32(weight[:0]).dtype).square()
 
 
 def refuses_weight(module: nn.Module) -> str | None:

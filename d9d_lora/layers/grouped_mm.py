@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.functional import pad
@@ -62,7 +63,7 @@ class Groups:
         if len(ends) != experts:
             raise ValueError(f"{site}: x_groups tells of {len(ends)} experts, and this layer has {experts} here; give one number for each")
         tail = True
-        if not torch.compiler.is_compiling() and ends.device.type == "cpu":
+        if not torch.compiler.is_compiling() and ends.device.type == "cpu" and not isinstance(ends, FakeTensor):
             used = int(ends[-1]) if experts else 0
             if used > len(x):
                 raise ValueError(f"{site}: x_groups counts {used} rows, and x has {len(x)}")

@@ -50,14 +50,15 @@ class Stacked(AdaptedLayer):
 
     def gain(self, f: Parts) -> Tensor:
         """[E, O]"""
-        weight = self.placing.local(self.base.weight, self.weight_axes, parts=False)  # type: ignore[arg-type]
-        return self.delta.gain(self.rows_first(weight), f, self.placing.total)
+        weight = self.rows_first(self.placing.local(self.base.weight, self.weight_axes, parts=False))  # type: ignore[arg-type]
+        return self.delta.gain(weight, self.row_squares(weight), f, self.placing.total)
 
     # -- merge ---------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def fold_(self, change: Fold) -> None:
         """One matrix at a time: this rank may hold some experts, some of their rows or some of their columns."""
+        self.forget()
         box, out = self.thin(), self.delta.out
         local = self.rows_first(local_of(self.base.weight))  # type: ignore[arg-type]
         for e, target in zip(range(box.experts.start, box.experts.stop), local):

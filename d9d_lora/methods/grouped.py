@@ -97,9 +97,10 @@ class GroupedDelta(Around):
         box = {"E": slice(rows.start // self.out, -(-rows.stop // self.out)), "I": cols}
         return Parts({n: t[tuple(box.get(a, slice(None)) for a in self.axes[n])] for n, t in whole.items()}, rows, cols)
 
-    def gain(self, weight: Tensor, f: Parts, total: Callable[[Tensor], Tensor]) -> Tensor:
-        """g[E, O], for weight[E, O, I]."""
-        return vmap(lambda W, own: self.low.gain(W, self._parts(own, f), lambda t: t))(weight, _low(f))  # type: ignore[no-any-return]
+    def gain(self, weight: Tensor, squares: Tensor, f: Parts, total: Callable[[Tensor], Tensor]) -> Tensor:
+        """g[E, O], for weight[E, O, I] with whole rows."""
+        one = vmap(lambda W, n, own: self.low.gain(W, n, self._parts(own, f), lambda t: t))
+        return one(weight, squares, _low(f))  # type: ignore[no-any-return]
 
     def gain_whole(self, weight: Thin, f: Mapping[str, Tensor]) -> Tensor:
         """g[E O]"""
