@@ -81,7 +81,6 @@ def over_data(choice: Choice | None) -> str:
     return f"adapters: {how} ({choice.why}; being whole takes {more} more, optimiser state included)"
 
 
-
 def experts_of(module: nn.Module) -> dict[str, int] | None:
     """How many of the experts' stacks are adapted, and what they weigh; None of a model without any."""
     found = stacks(module)
