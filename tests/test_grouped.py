@@ -72,7 +72,7 @@ def values_and_gradients(dtype, r, *, dropout=False, counts=COUNTS):
     dy = torch.randn(N, O, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = [y, *torch.autograd.grad(y, list(t.values()), dy.to(dtype))]
     exact = {name: value.detach().double().requires_grad_() for name, value in t.items()}
-    keep = None if mask is None else mask.keep(torch.ones_like(t["x"])) != 0
+    keep = None if mask is None else mask.keep(torch.ones_like(t["x"]))[0] != 0
     expected = formula(**exact, keep=keep, p=0.4 if dropout else 0.0)
     return found, [expected, *torch.autograd.grad(expected, list(exact.values()), dy.to(dtype).double())]
 

@@ -125,7 +125,7 @@ class _Grouped(torch.autograd.Function):
             rows = x
             if drop is not None:
                 now = now.clone()  # the clock runs on before the backward
-                rows = Mask(now, *drop).keep(x)
+                (rows,) = Mask(now, *drop).keep(x)
                 scaling = scaling / (1 - drop[1])
             z = rows_by(rows, A, groups)
             y.add_(rows_by(z, B, groups), alpha=scaling)
@@ -144,15 +144,17 @@ class _Grouped(torch.autograd.Function):
         dW = over_rows(x, dy, groups) if for_weight else None
         dA = dB = None
         if A is not None:
-            drop = None if ctx.drop is None else Mask(now, *ctx.drop)
             u = rows_by(dy, B.mT, groups)
+            h = None if dx is None else rows_by(u, A.mT, groups)
+            if ctx.drop is not None:
+                kept = Mask(now, *ctx.drop).keep(*([x] if h is None else [x, h]))
+                x, h = kept[0], kept[-1]
             if for_B:
                 dB = over_rows(z, dy, groups).mul_(scaling)
             if for_A:
-                dA = over_rows(x if drop is None else drop.keep(x), u, groups).mul_(scaling)
+                dA = over_rows(x, u, groups).mul_(scaling)
             if dx is not None:
-                h = rows_by(u, A.mT, groups)
-                dx.add_(h if drop is None else drop.keep(h), alpha=scaling)
+                dx.add_(h, alpha=scaling)
         if dx is not None:
             groups.clear_tail_(dx)
         return dx, dW, dA, dB, None, None, None, None
