@@ -153,7 +153,7 @@ class _Grouped(torch.autograd.Function):
                 dB = over_rows(z, dy, groups).mul_(scaling)
             if for_A:
                 dA = over_rows(x, u, groups).mul_(scaling)
-            if dx is not None:
+            if dx is not None and h is not None:
                 dx.add_(h, alpha=scaling)
         if dx is not None:
             groups.clear_tail_(dx)
