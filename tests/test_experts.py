@@ -209,8 +209,8 @@ def test_rows_in_turn_have_no_slices():
         adapt(model_of("gpt_oss"), params={"enable_lora": [True, True]})
 
 
-def test_the_table_tells_of_experts(capsys):
-    from d9d_lora.train.report import census, show_census
+def test_the_table_tells_of_experts():
+    from d9d_lora.train.report import census, console, show_census
 
     nothing = {"target_parameters": None, "target_modules": "all-linear"}
     for targets, words in (({}, "4 of these are adapted"), (nothing, "no expert is adapted")):
@@ -218,8 +218,9 @@ def test_the_table_tells_of_experts(capsys):
         adapt(model, **targets)
         found = census(model)
         assert found["experts"]["elements"] == sum(p.numel() for p in model.parameters() if p.ndim == 3 and not p.requires_grad)
-        show_census(found, [])
-        assert words in capsys.readouterr().out.replace("\n", " ")
+        with console.capture() as table:
+            show_census(found, [])
+        assert words in table.get().replace("\n", " ")
 
 
 # -- files that hold each expert by itself, layouts ----------------------------------------------------------------------------------
