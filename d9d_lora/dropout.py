@@ -11,12 +11,14 @@ In a plain loop the module that was injected must be the one that is called: its
 checkpointing each forward must be followed by its backward, for a recomputed block reads the clock as it stands.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
@@ -80,6 +82,29 @@ class Mask(NamedTuple):
         if type(xs[0]) is Tensor and not torch.compiler.is_compiling():
             return _keep(xs, *self)  # an operator written in Python costs more than a small mask
         return [_keep_op(x, *self) for x in xs]
+
+    def keep_among(self, among: "Among", *xs: Tensor) -> list[Tensor]:
+        """`keep` for tensors that are some of the rows."""
+        if isinstance(xs[0], FakeTensor):
+            return [x.clone(memory_format=torch.contiguous_format) for x in xs]  # they have no numbers
+        return _keep(xs, *self, among)
+
+
+class Among(NamedTuple):
+    """Which rows of a whole x[*shape, width]: `length` of them along `dim`, from `first` on."""
+
+    shape: Sequence[int]
+    dim: int
+    first: int
+    length: int
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """Those rows of [rows, ...]."""
+        return whole.unflatten(0, self.shape).narrow(self.dim, self.first, self.length).flatten(0, len(self.shape) - 1)
 
 
 class AdapterDropout(nn.Module):
@@ -163,16 +188,21 @@ def _(now: Tensor, key: Tensor, what: str, p: float, size: int, device: torch.de
 # -- which elements are kept -----------------------------------------------------------------------------------------------------------
 
 
-def _keep(xs: Sequence[Tensor], now: Tensor, key: int, p: float, size: int, start: int) -> list[Tensor]:
+def _keep(
+    xs: Sequence[Tensor], now: Tensor, key: int, p: float, size: int, start: int, among: Among | None = None
+) -> list[Tensor]:
     generator = _generator(now, key, xs[0].device)
-    return (_hashed if xs[0].device.type == "cpu" else _drawn)(xs, generator, p, size, start)
+    return (_hashed if xs[0].device.type == "cpu" else _drawn)(xs, generator, p, size, start, among)
 
 
-def _drawn(xs: Sequence[Tensor], generator: torch.Generator, p: float, size: int, start: int) -> list[Tensor]:
-    """On an accelerator: one kernel draws the whole width, another one cuts and applies it."""
+def _drawn(
+    xs: Sequence[Tensor], generator: torch.Generator, p: float, size: int, start: int, among: Among | None
+) -> list[Tensor]:
+    """On an accelerator: one kernel draws the whole width of all rows, another one cuts and applies it."""
     shape, width = xs[0].shape, xs[0].shape[-1]
-    drawn = torch.empty((xs[0].numel() // max(width, 1), size), dtype=torch.bool, device=xs[0].device)
-    kept = drawn.bernoulli_(1 - p, generator=generator)[:, start : start + width].reshape(shape)
+    rows = xs[0].numel() // max(width, 1) if among is None else among.rows
+    drawn = torch.empty((rows, size), dtype=torch.bool, device=xs[0].device).bernoulli_(1 - p, generator=generator)
+    kept = (drawn if among is None else among.cut(drawn))[:, start : start + width].reshape(shape)
     return [torch.where(kept, x, 0).contiguous() for x in xs]
 
 
@@ -187,15 +217,18 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 1 << 20  # elements at a time, so that the words stay in the cache
 
 
-def _hashed(xs: Sequence[Tensor], generator: torch.Generator, p: float, size: int, start: int) -> list[Tensor]:
+def _hashed(
+    xs: Sequence[Tensor], generator: torch.Generator, p: float, size: int, start: int, among: Among | None
+) -> list[Tensor]:
     kept = [x.clone(memory_format=torch.contiguous_format) for x in xs]
     if not kept[0].numel():
         return kept
     width, lanes = kept[0].shape[-1], -(-size // _LANES)
     bits = [x.view(-1, width).view(_INTEGERS[x.element_size()]) for x in kept]
     n = bits[0].shape[0]
-    drawn = torch.empty(lanes + n, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    drawn = torch.empty(lanes + (n if among is None else among.rows), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     columns, rows = drawn[start // _LANES : -(-(start + width) // _LANES)], drawn[lanes:, None]
+    rows = rows if among is None else among.cut(rows)
     bound = min(max(round((1 - p) * 2**16), 1), 2**16 - 1) - 2**15
     block = max(1, _BLOCK // width)
     for at in range(0, n, block):

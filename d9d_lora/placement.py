@@ -3,7 +3,8 @@
 Letters name axes, here and everywhere: `O` out, `I` in, `R` rank; W[O,I] is the frozen weight, dW = s B A with B[O,R] and A[R,I].
 
 The one rule: the adapter's output is in the same parallel state as the base's output *before the base's own collective*, and
-the two are added there. So an adapter adds no activation traffic of its own:
+the two are added there. So an adapter adds no activation traffic of its own (where tokens are sharded, thin one may be worth it:
+`layers/rank_space.py`):
 
     base                 A           B           output     gradient that is only this rank's part
     column, O sharded    Replicate   Shard(O)    Shard(-1)  A, and x (which shares the base's own reduction)

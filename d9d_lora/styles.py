@@ -13,10 +13,12 @@ from functools import partial
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import Placement
 
-from d9d_lora.layers import AdaptedLayer
+from d9d_lora.layers import AdaptedLayer, AdaptedLinear
+from d9d_lora.layers.chooser import ColumnPath
+from d9d_lora.layers.rank_space import Watch
 from d9d_lora.quant.linear import PACKED_AXES, NF4Linear
 from d9d_lora.walk import clock_of
 
@@ -30,10 +32,41 @@ class _OnBase(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         self.style.src_data_rank = self.src_data_rank
+        if isinstance(self.style, PrepareModuleInput):
+            return HandShards(self.style)._apply(module, device_mesh)
         if not isinstance(module, AdaptedLayer):
             return for_conv1d(self.style, module)._apply(module, device_mesh)
         for_conv1d(self.style, module.base)._apply(module.base, device_mesh)
         return module.follow_base()
+
+
+class HandShards(ParallelStyle):
+    """A style that gathers the tokens of a module's inputs, and hands the shards to the adapted layers that are given them.
+
+    `parallelize_adapted` puts it around each `PrepareModuleInput` of a plan; with torch's `parallelize_module`, write
+    `HandShards(PrepareModuleInput(..., use_local_output=False))`. The gathered tensor must reach the layers as it is.
+    """
+
+    def __init__(self, style: ParallelStyle) -> None:
+        super().__init__()
+        self.style = style
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self.style.src_data_rank = self.src_data_rank
+        watch = Watch(module)
+        module = self.style._apply(module, device_mesh)
+        watch.end()
+        return module
+
+
+def take_column_path(model: nn.Module, path: ColumnPath) -> None:
+    """Says which way the thin products of column-parallel layers go under sequence parallelism; before, it is `ColumnPath()`, auto.
+
+    Every rank must say the same.
+    """
+    for m in model.modules():
+        if isinstance(m, AdaptedLinear):
+            m.column = path
 
 
 def parallelize_adapted(

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from torch.nn.functional import linear
 from d9d_lora.dropout import Mask
 from d9d_lora.layers.among import Work
 from d9d_lora.layers.base import HOOKS, AdaptedLayer, refuses_weight
+from d9d_lora.layers.chooser import ColumnPath
 from d9d_lora.layers.fused import Reader, Restore, as_it_is, fused
 from d9d_lora.layers.gained import gained
+from d9d_lora.layers.rank_space import Watch, columns, reading
 from d9d_lora.layers.readers import Readers
 from d9d_lora.methods.delta import Parts
 
@@ -27,6 +29,9 @@ class AdaptedLinear(AdaptedLayer):
     takes_several = True
     readers: Readers | None = None
     """The layers that read the same x, if there are others."""
+    column = ColumnPath()
+    """Of a column-parallel layer under sequence parallelism: which way its thin products go."""
+    _watch: Watch | None = None
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -53,7 +58,10 @@ class AdaptedLinear(AdaptedLayer):
         gain = self.has_gain_at_work()
         bias = self.bias_here(parts=parts)
         inside = bias if self.adds_bias_inside() else None
-        if fuse:
+        r = reading(self, x, fuses=fuse)
+        if r is not None:
+            y = columns(h, inside, r, *self.weight_to_restore(h.dtype))
+        elif fuse:
             y = self.fused(h, inside, parts=parts)
         elif gain:
             y = self.product(h) + self.update(h, self.parts(h.dtype, parts=parts))
@@ -119,6 +127,22 @@ class AdaptedLinear(AdaptedLayer):
     def weight_to_restore(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Restore]:
         """What the weight here is made of, and how it is made whole."""
         return (self.weight_here(),), as_it_is
+
+    def take_over(self) -> Self:
+        self._unwatch()
+        super().take_over()
+        if self.placing.letter == "O":
+            self._watch = Watch(self, alone=True).end()
+        return self
+
+    def give_back(self) -> nn.Module:
+        self._unwatch()
+        return super().give_back()
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def update(self, x: Tensor, f: Parts) -> Tensor:
         """drop(x) dW^T on this rank's part, in the dtype of x."""

@@ -141,6 +141,7 @@ class AdaptedNF4Linear(AdaptedLinear):
     def give_back(self) -> nn.Module:
         if isinstance(self.base, NF4Linear):
             return super().give_back()
+        self._unwatch()
         for hooks in HOOKS:  # copied: under FSDP2 the plain layer has hooks of its own, which must not come back with ours
             getattr(self.base, hooks).update(getattr(self, hooks))
         return self.base

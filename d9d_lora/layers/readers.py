@@ -37,13 +37,16 @@ class Readers:
         self._x: tuple[Tensor, int, bool] | None = None
         self._made: dict[str, Tensor] = {}
 
+    def layers(self) -> list[Any]:
+        return [self.parent._modules.get(name) for name in self.names]
+
     def product(self, layer: "AdaptedLinear", x: Tensor) -> Tensor | None:
         """x W^T + b and the update of one of the layers; None if they do not compute together."""
         name = next(n for n in self.names if self.parent._modules.get(n) is layer)
         seen = (x, x._version, torch.is_grad_enabled())
         if self._x is None or self._x[0] is not x or self._x[1:] != seen[1:] or name not in self._made:
             self._made, self._x = {}, None
-            layers: list[Any] = [self.parent._modules.get(n) for n in self.names]
+            layers = self.layers()
             if not self.together(layers, x):
                 return None
             readers = [m.as_reader(x.dtype) for m in layers]

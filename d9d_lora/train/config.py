@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
+from d9d_lora.layers.chooser import Choice, ColumnPath
 from d9d_lora.registry import config_from, kinds, resolve
 from d9d_lora.train.data import DataConfig
 
@@ -56,6 +57,13 @@ class ParallelConfig(Strict):
     adapters: Literal["auto", "shard", "replicate"] = Field(
         "auto", description="over data parallelism: sharded with their block, or whole on each rank and summed once a step; auto: by size"
     )
+    column: Choice = Field(
+        "auto",
+        description="with sequence_parallel, the adapter's thin products of column-parallel layers: on the gathered tokens, in rank space "
+        "(x is kept sharded), or as two collectives, by link_latency_us and link_gb_s, are worth it",
+    )
+    link_latency_us: float = Field(20.0, gt=0, description="microseconds of a small collective over the tensor-parallel ranks")
+    link_gb_s: float = Field(100.0, gt=0, description="10^9 bytes a second that each of them sends")
 
     def resolved(self, world: int) -> "ParallelConfig":
         """With dp_shard a number, or an error that says which degrees would fit `world` processes."""
@@ -69,7 +77,12 @@ class ParallelConfig(Strict):
             )
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("parallel.sequence_parallel needs parallel.tp > 1, and would be ignored without it")
+        if not self.sequence_parallel and self.column == "rank_space":
+            raise ValueError("parallel.column=rank_space keeps shards of tokens: give sequence_parallel=true with it, or column=auto")
         return self.model_copy(update={"dp_shard": shard})
+
+    def column_path(self, *, recomputed: bool) -> ColumnPath:
+        return ColumnPath(self.column, self.link_latency_us * 1e-6, self.link_gb_s * 1e9, recomputed=recomputed)
 
 
 class OptimConfig(Strict):
@@ -151,6 +164,12 @@ class RunConfig(Strict):
                 "train.compile with train.activation_checkpointing and parallel.tp: torch's compiler fails at blocks that are recomputed "
                 "on tensor-parallel ranks once rows have different lengths; leave one of the three out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _column(self) -> Self:
+        if self.train.compile and self.parallel.column == "rank_space":
+            raise ValueError("parallel.column=rank_space: compiled blocks compute on gathered tokens; give compile=false, or column=auto")
         return self
 
 

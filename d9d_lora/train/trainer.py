@@ -38,6 +38,7 @@ from d9d_lora.state.names import clean
 from d9d_lora.state.native_format import trained_writer
 from d9d_lora.state.peft_format import AdapterError, adapter_writer, holds_all
 from d9d_lora.state.safetensors_dir import open_checkpoint
+from d9d_lora.styles import take_column_path
 from d9d_lora.train import model as models
 from d9d_lora.train.batches import Batches, MicroBatch, shift_labels, sweep
 from d9d_lora.train.checks import Coverage, check_replicas
@@ -161,6 +162,7 @@ class Trainer:
             lost = [la.name for la in adapted_layers(self.model) if la.placing.mesh is None]
             if lost:
                 raise ValueError(f"parallel.sequence_parallel: {lost[:4]} are not in the model's plan, so their gradients would be partial")
+            take_column_path(self.model, world.parallel.column_path(recomputed=config.train.activation_checkpointing))
         if config.train.activation_checkpointing:
             models.recompute(self.model)
         if config.train.compile:
