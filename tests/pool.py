@@ -116,7 +116,8 @@ class Pool:
                         deadline = min(deadline, time.monotonic() + 2)
                 except EOFError:
                     waiting.discard(rank)
-                    failures[rank] = "the process closed its pipe"
+                    process.join(2)
+                    failures[rank] = f"the process closed its pipe, exit code {process.exitcode}"
             if time.monotonic() > deadline:
                 break
         if failures or waiting:

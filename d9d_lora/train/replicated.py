@@ -17,10 +17,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
-from d9d_lora.placement import local_of
 from d9d_lora.train.config import ParallelConfig
 from d9d_lora.walk import adapted_layers
 
@@ -53,7 +52,7 @@ def choose(module: nn.Module, parallel: ParallelConfig) -> Choice:
     if n * parallel.dp_replicate == 1:
         return Choice(frozenset(), False, 0, 0, "no data parallelism")
     candidates = list(candidates_of(module))
-    whole = sum(local_of(p).nbytes for p in candidates)
+    whole = sum(bytes_of(p) for p in candidates)
     cut = sum(padded(p, n) for p in candidates) // n
     replicate, why = decide(parallel.adapters, whole, cut)
     return Choice(frozenset(candidates) if replicate else frozenset(), replicate, whole, cut, why)
@@ -71,7 +70,7 @@ def candidates_of(module: nn.Module) -> Iterable[nn.Parameter]:
     """Trained factors, and whatever else is trained and small; each once, in the model's order."""
     layers = list(adapted_layers(module))
     factors = {id(p) for la in layers for p in [*la.factors().values(), *(f.weight for f in la.shared.values())]}
-    return (p for p in module.parameters() if p.requires_grad and (id(p) in factors or local_of(p).nbytes <= SMALL))
+    return (p for p in module.parameters() if p.requires_grad and (id(p) in factors or bytes_of(p) <= SMALL))
 
 
 def axis_to_cut(p: nn.Parameter, n: int) -> int:
@@ -79,16 +78,30 @@ def axis_to_cut(p: nn.Parameter, n: int) -> int:
 
     A trained factor `lora_A[r, I]` has r rows: along the first dimension, more than r ranks would move mostly padding.
     """
-    shape = local_of(p).shape
-    possible = [d for d in range(len(shape)) if d == 0 or shape[d] % n == 0]
+    shape = largest_part(p)
+    possible = [d for d in range(len(shape)) if d == 0 or (shape[d] % n == 0 and p.shape[d] % shape[d] == 0)]
     return min(possible, key=lambda d: -(-shape[d] // n) * n / max(shape[d], 1), default=0)
 
 
 def padded(p: nn.Parameter, n: int) -> int:
     """Bytes of n shards of a trained parameter together."""
-    shape, d = list(local_of(p).shape or (1,)), axis_to_cut(p, n)
+    shape, d = largest_part(p) or [1], axis_to_cut(p, n)
     shape[d] = -(-shape[d] // n) * n
     return math.prod(shape) * p.element_size()
+
+
+def bytes_of(p: nn.Parameter) -> int:
+    """Bytes of the largest part that a tensor-parallel rank has."""
+    return math.prod(largest_part(p)) * p.element_size()
+
+
+def largest_part(p: Tensor) -> list[int]:
+    """The shape of the largest part that a tensor-parallel rank has. Parts may be uneven, and all ranks must choose alike."""
+    shape = list(p.shape)
+    for i, placement in enumerate(p.placements if isinstance(p, DTensor) else ()):
+        if isinstance(placement, Shard):
+            shape[placement.dim] = -(-shape[placement.dim] // p.device_mesh.size(i))
+    return shape
 
 
 def is_over_data(p: nn.Parameter) -> bool:
