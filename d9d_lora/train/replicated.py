@@ -98,9 +98,10 @@ def bytes_of(p: nn.Parameter) -> int:
 def largest_part(p: Tensor) -> list[int]:
     """The shape of the largest part that a tensor-parallel rank has. Parts may be uneven, and all ranks must choose alike."""
     shape = list(p.shape)
-    for i, placement in enumerate(p.placements if isinstance(p, DTensor) else ()):
-        if isinstance(placement, Shard):
-            shape[placement.dim] = -(-shape[placement.dim] // p.device_mesh.size(i))
+    if isinstance(p, DTensor):
+        for i, placement in enumerate(p.placements):
+            if isinstance(placement, Shard):
+                shape[placement.dim] = -(-shape[placement.dim] // p.device_mesh.size(i))
     return shape
 
 
