@@ -12,7 +12,8 @@ from d9d_lora.walk import adapted_layers
 from tests.catalogue import LAYERS, LAYOUTS, batch, build
 from tests.test_laws import backward, close, grads_of, make, wake
 
-BY_MODULE = [name for name, row in LAYERS.items() if row.field == "target_modules"]
+# Its delta says nothing of stacks of matrices, so grouped layers refuse it.
+BY_MODULE = [name for name, row in LAYERS.items() if row.field == "target_modules" and name != "grouped"]
 PLUGIN = str(Path(__file__).parent / "plugin")
 
 

@@ -531,7 +531,8 @@ def test_what_a_rank_holds(pool, assets, one, tmp_path):
     plain = pool.run(1, a_run, assets, tmp_path / "plain", {"train__steps": 1})[0]["held"]
     linear = 2 * (128 * 128 * 2 + 64 * 128 * 2 + 3 * 128 * 128)
     assert plain - one[1]["held"] == linear * 8 - linear * (4 + 8 / 64 + 64 / 128) / 8
-    halves = [s["held"] for s in pool.run(2, a_run, assets, tmp_path / "fsdp2", {**QUANTISED, "train__steps": 1})]
+    sharded = {**QUANTISED, "train__steps": 1, "parallel__adapters": "shard"}
+    halves = [s["held"] for s in pool.run(2, a_run, assets, tmp_path / "fsdp2", sharded)]
     assert sum(halves) == one[1]["held"]
 
 
