@@ -338,6 +338,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
             self._share(module, m.layer.shared, [])
             if m.layer.dropout.clock is not None and m.layer.delta.noisy:
                 m.layer.dropout.clock.attach(module)
+        find_gated(module)
 
     def remove(self, module: nn.Module) -> None:
         refuse_several(module)
@@ -397,6 +398,7 @@ def _called(module: nn.Module, args: object) -> None:
 
 
 def rest(module: nn.Module, last: AdaptedLayer) -> None:
-    """Takes the dropout clock off a model that has no adapter left."""
+    """Takes the dropout clock off a model that has no adapter left, and forwards off modules whose layers have none."""
+    find_gated(module)
     if last.dropout.clock is not None and next(adapted_layers(module), None) is None:
         last.dropout.clock.detach()

@@ -111,7 +111,7 @@ class AdapterDropout(nn.Module):
     """`x * mask / (1 - p)`.
 
     Attributes:
-        key: Of the masks; layers of the same key drop the same elements.
+        key: Of the masks; layers of the same key drop the same elements. What `draw` gives is each layer's own all the same.
         window: (size, start): the columns of the whole input, and the first one of this rank's part; None: x is whole.
     """
 
@@ -121,6 +121,7 @@ class AdapterDropout(nn.Module):
         self.clock = clock
         self.window: tuple[int, int] | None = None
         self.key = key_of(name)
+        self._own_key = torch.tensor(self.key, device="cpu")
 
     @property
     def key(self) -> int:
@@ -157,7 +158,7 @@ class AdapterDropout(nn.Module):
         """`size` booleans, each True with probability 1 - p: a function of (layer name, clock, what), and of nothing else."""
         if self.clock is None:
             return torch.rand(size, device=device) >= p
-        return _some(self.clock.now, self._placed_key, what, p, size, device)
+        return _some(self.clock.now, self._own_key, what, p, size, device)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

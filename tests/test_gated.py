@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from d9d_lora import merge_peft, unmerge_peft
 from d9d_lora.layers import gated
 from d9d_lora.layers.gated import GatedForward, Names, gated_names
 from d9d_lora.measure import flops, saved_bytes
@@ -115,6 +116,17 @@ def test_it_gives_way(together, reason):
         for ours, theirs in zip(step(model), step(alone), strict=True):
             assert torch.allclose(ours, theirs, atol=1e-12)
     assert together == []
+
+
+def test_a_module_without_adapters_has_its_own_forward_again():
+    model = nn.Sequential(Feed())
+    method = lora("all-linear", params={"r": R})
+    adapt(model, method)
+    assert "forward" in model[0].__dict__
+    merge_peft(method, model)
+    assert "forward" not in model[0].__dict__
+    unmerge_peft(method, model)
+    assert "forward" in model[0].__dict__
 
 
 def test_mutation_the_two_inputs_of_the_product_are_exchanged(monkeypatch):

@@ -152,3 +152,28 @@ def test_masks_are_one_where_layers_do_not_compute_together():
     model, _ = both({"r": 2, "dropout": 0.5})
     keys = {name: model[0].get_submodule(name).dropout.key for name in "qkvo"}
     assert keys["q"] == keys["k"] == keys["v"] != keys["o"]
+
+
+def test_an_output_that_nobody_fetched_is_not_handed_out_in_a_later_step():
+    model, alone = both({"r": 2})
+    x = torch.randn(5, 16, dtype=torch.float64)
+    for (block,) in (model, alone):
+        block.q(x)
+        with torch.no_grad():
+            block.k.lora_B.weight.mul_(2)
+    assert torch.allclose(model[0].k(x), alone[0].k(x))
+
+
+def test_inference_mode():
+    model, alone = both({"r": 2})
+    x = torch.randn(5, 16, dtype=torch.float64)
+    with torch.inference_mode():
+        assert torch.equal(model(x * 1), alone(x * 1))
+
+
+def test_what_a_layer_drops_of_its_own_update_is_not_what_its_siblings_drop():
+    model, _ = both({"r": 2})
+    model[0].q.dropout.clock.set(5)
+    drawn = [model[0].get_submodule(name).dropout.draw("rows", 64, 0.5, torch.device("cpu")) for name in "qkv"]
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])

@@ -141,8 +141,11 @@ def activation_of(module: nn.Module | None) -> Activation | None:
 
 
 def find_gated(model: nn.Module) -> None:
-    """Gives gated feed-forwards whose three layers are adapted a forward that keeps less."""
+    """Gives gated feed-forwards whose three layers are adapted a forward that keeps less, and takes it from those that have lost one."""
     for parent in model.modules():
+        gated = parent.__dict__.get("forward")
+        if isinstance(gated, GatedForward) and not all(isinstance(m, AdaptedLinear) for m in gated.parts()[:3]):
+            del parent.__dict__["forward"]
         names = gated_names(type(parent).forward) if "forward" not in parent.__dict__ else None
         if names and all(isinstance(parent._modules.get(n), AdaptedLinear) for n in (names.gate, names.up, names.down)):
             parent.forward = GatedForward(parent, names)  # type: ignore[method-assign]

@@ -34,7 +34,7 @@ class Readers:
     def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
         self.parent = parent
         self.names = names
-        self._x: tuple[Tensor, int, bool] | None = None
+        self._x: tuple[Tensor, tuple[int, ...]] | None = None
         self._made: dict[str, Tensor] = {}
 
     def layers(self) -> list[Any]:
@@ -42,20 +42,28 @@ class Readers:
 
     def product(self, layer: "AdaptedLinear", x: Tensor) -> Tensor | None:
         """x W^T + b and the update of one of the layers; None if they do not compute together."""
-        name = next(n for n in self.names if self.parent._modules.get(n) is layer)
-        seen = (x, x._version, torch.is_grad_enabled())
-        if self._x is None or self._x[0] is not x or self._x[1:] != seen[1:] or name not in self._made:
+        if not torch.is_grad_enabled() or x.is_inference():
+            return None  # there is no backward to share
+        layers = self.layers()
+        name = self.names[next(i for i, m in enumerate(layers) if m is layer)]
+        now = self._writes(layers, x)
+        if self._x is None or self._x[0] is not x or self._x[1] != now or name not in self._made:
             self._made, self._x = {}, None
-            layers = self.layers()
             if not self.together(layers, x):
                 return None
             readers = [m.as_reader(x.dtype) for m in layers]
             self._made = dict(zip(self.names, fused(x, readers, layers[0].delta.scaling, layers[0].mask_of(x))))
-            self._x = seen
+            self._x = (x, now)
         y = self._made.pop(name)
         if not self._made:
             self._x = None
         return y
+
+    def _writes(self, layers: list[Any], x: Tensor) -> tuple[int, ...]:
+        """Changes with every write into x, a factor or the clock: an output that nobody fetched must not be handed out in a later step."""
+        clock = layers[0].dropout.clock if hasattr(layers[0], "dropout") else None
+        factors = [p for m in layers for p in (m.factors().values() if hasattr(m, "factors") else ())]
+        return x._version, -1 if clock is None else clock.now._version, *(p._version for p in factors)
 
     def together(self, layers: list[Any], x: Tensor) -> bool:
         """Whether these layers can compute together on x."""
