@@ -27,6 +27,7 @@ LAYOUTS = {
     "hsdp2x2_sharded": (4, {"parallel__dp_replicate": 2, "parallel__adapters": "shard", "model__dtype": "bfloat16"}),  # mixed groups
     "hsdp2x2": (4, {"parallel__dp_replicate": 2}),
     "tp2_sp": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
+    "tp2_rank_space": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__column": "rank_space"}),
     "fsdp2_tp2_recomputed": (4, {"parallel__tp": 2, "train__activation_checkpointing": True}),
 }
 
