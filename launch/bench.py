@@ -4,8 +4,9 @@
     python launch/bench.py shapes=8b ranks=8,16,64,256 dtypes=float32,bfloat16 dropouts=0,0.05 targets=all,qv output=docs
 
 The floor is the same block with its base frozen and no adapter: forward, and the backward for its input alone. Steps are timed in
-turn, one of each contender after another, and a ratio is of two steps of the same turn. Counts are exact. What a contender allocates is
-counted by the storages that a step makes, so workspaces of kernels are not in it.
+turn, one of each contender after another, and a ratio is of two steps of the same turn. That ours is slower than a peer
+is said where the interval that holds the median of their ratios with 95 % lies above 1; it needs no distribution, only turns. Counts are
+exact. What a contender allocates is counted by the storages that a step makes, so workspaces of kernels are not in it.
 
 `layouts=fsdp2,tp3` counts, and times nothing: one process stands for rank 0 of that many, on torch's fake process group. That a contender
 runs there does not say that its gradients are right.
@@ -13,6 +14,7 @@ runs there does not say that its gradients are right.
 
 import copy
 import gc
+import math
 import re
 import shlex
 import statistics
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count as count_from
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -48,7 +51,8 @@ KEYS = {
     "dropouts": Key("dropout on the adapter's input", "0,0.05"),
     "targets": Key("all linear layers, or qv", "all"),
     "tokens": Key("tokens of a step", "1024"),
-    "turns": Key("timed steps of each contender", "7"),
+    "turns": Key("timed steps of each contender, at least", "7"),
+    "seconds": Key("of each setting: more turns until they are over, of all but DoRA", "0"),
     "contenders": Key("names, comma-separated; without it all whose package is installed", ""),
     "layouts": Key("single (timed), and fsdpN or tpN, of which collectives are counted on fake ranks", "single"),
     "device": Key("where", "cuda" if torch.cuda.is_available() else "cpu"),
@@ -56,6 +60,7 @@ KEYS = {
     "page": Key("their name in it", "benchmarks"),
 }
 SHAPES = {"smollm2": (576, 1536, 9, 3), "8b": (4096, 14336, 32, 8)}  # hidden, feed-forward, heads, key-value heads
+OURS = "d9d_lora"
 PEFT = "peft"
 QV = ("q_proj", "v_proj")
 
@@ -164,8 +169,8 @@ def torchtune(block: nn.Module, s: Setting) -> nn.Module:
 
 CONTENDERS: dict[str, Callable[[nn.Module, Setting], nn.Module]] = {
     "floor": floor,
-    "d9d_lora": ours,
-    "peft": peft,
+    OURS: ours,
+    PEFT: peft,
     "loralib": loralib,
     "torchtune": torchtune,
     "d9d": d9d,
@@ -198,11 +203,14 @@ def sharing(block: nn.Module) -> nn.Module:
 class Row:
     setting: Setting
     name: str
-    ratios: list[float]  # to the floor, by turn
-    to_peft: list[float]
+    times: dict[str, list[float]]  # seconds by turn, of all contenders; some have had fewer turns
     saved: int  # bytes beyond the floor
     extra: int  # FLOPs beyond the floor
     peak: int  # bytes of what a step makes, at the most
+
+    def over(self, other: str) -> list[float]:
+        """Step time over that of another contender, by turn."""
+        return [a / b for a, b in zip(self.times[self.name], self.times[other])]
 
 
 @dataclass
@@ -217,7 +225,7 @@ class Counted:
     peak: int
 
 
-def measure(s: Setting, names: list[str], tokens: int, turns: int, device: torch.device) -> Iterator[Row]:
+def measure(s: Setting, names: list[str], tokens: int, turns: int, budget: float, device: torch.device) -> Iterator[Row]:
     torch.manual_seed(0)
     base = Block(s.shape, tokens).to(device, getattr(torch, s.dtype)).requires_grad_(False).train()
     x = torch.randn(1, tokens, base.size, device=device, dtype=getattr(torch, s.dtype), requires_grad=True)
@@ -231,16 +239,18 @@ def measure(s: Setting, names: list[str], tokens: int, turns: int, device: torch
         saved[name] = saved_bytes(lambda: model(x), [*known, *model.buffers()])  # noqa: B023
         work[name] = flops(lambda: step(model, x, dy))  # noqa: B023
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-1, turns):  # the first is not counted
+    end = time.perf_counter() + budget
+    for turn in count_from(-1):  # the first is not counted
+        if turn >= turns and time.perf_counter() > end:
+            break
         order = names[turn % len(names) :] + names[: turn % len(names)]
-        for name in order:
+        for name in order if turn < turns else [n for n in order if not n.endswith("dora")]:
             seconds = timed(lambda: models[name](x).backward(dy), device)  # noqa: B023
             clear(models[name], x)
             if turn >= 0:
                 times[name].append(seconds)
     for name in names:
-        ratios, to_peft = ([a / b for a, b in zip(times[name], times[other])] for other in ("floor", PEFT if PEFT in names else "floor"))
-        yield Row(s, name, ratios, to_peft, saved[name] - saved["floor"], work[name] - work["floor"], peaks[name])
+        yield Row(s, name, times, saved[name] - saved["floor"], work[name] - work["floor"], peaks[name])
 
 
 def ledger_of(act: Callable[[], None], mesh: DeviceMesh | None) -> Ledger:
@@ -361,8 +371,40 @@ def spread(ratios: list[float]) -> str:
 def line(row: Row, tokens: int) -> str:
     s = row.setting
     extra = f"{row.extra / six_products(s, tokens):.2f}"
-    cells = [s.shape, s.targets, str(s.rank), s.dtype, f"{s.dropout:g}", row.name, spread(row.ratios), spread(row.to_peft)]
+    to_peft = spread(row.over(PEFT)) if PEFT in row.times else ""
+    cells = [s.shape, s.targets, str(s.rank), s.dtype, f"{s.dropout:g}", row.name, spread(row.over("floor")), to_peft]
     return "| " + " | ".join([*cells, f"{row.saved / 2**20:.2f}", f"{row.peak / 2**20:.1f}", extra]) + " |"
+
+
+def against_peers(rows: list[Row]) -> list[str]:
+    """A line for each setting: our step over that of each peer, the median and the interval that holds it with 95 %."""
+    found = [row for row in rows if row.name == OURS]
+    peers = [n for n in dict.fromkeys(row.name for row in rows) if n not in (OURS, "floor") and not n.endswith("dora")]
+    if not found or not peers:
+        return []
+    text = ["| block | targets | r | base | dropout | turns | " + " | ".join(peers) + " |", "|---" * (6 + len(peers)) + "|"]
+    for row in found:
+        s = row.setting
+        cells = [s.shape, s.targets, str(s.rank), s.dtype, f"{s.dropout:g}", str(len(row.times[OURS]))]
+        text.append("| " + " | ".join(cells + [verdict(row.over(p)) for p in peers]) + " |")
+    return text
+
+
+def verdict(ratios: list[float]) -> str:
+    low, high = median_interval(ratios)
+    mark = " slower" if low > 1 else ""
+    return f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}){mark}"
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """The order statistics between which the median of what was sampled lies with 95 %; of five values and fewer, the ends."""
+    values, n = sorted(values), len(values)
+    tail, k = 0.0, 0
+    while k < n // 2 and tail + math.comb(n, k) / 2**n <= 0.025:
+        tail += math.comb(n, k) / 2**n
+        k += 1
+    at = max(k - 1, 0)
+    return values[at], values[n - 1 - at]
 
 
 def counted_line(row: Counted) -> str:
@@ -382,6 +424,7 @@ def main(arguments: dict[str, str]) -> None:
     if unknown := [x for x in listed["shapes"] if x not in (*SHAPES, "linear")]:
         raise UsageError(f"shapes={unknown}: expected some of linear, {', '.join(SHAPES)}")
     tokens, turns, device = int(arguments["tokens"]), int(arguments["turns"]), torch.device(arguments["device"])
+    seconds = float(arguments["seconds"])
     names = present(arguments["contenders"].split(",") if arguments["contenders"] else list(CONTENDERS))
     layouts = arguments["layouts"].split(",")
     if unknown := [x for x in layouts if x != "single" and not re.fullmatch("(fsdp|tp)[1-9][0-9]*", x)]:
@@ -396,10 +439,11 @@ def main(arguments: dict[str, str]) -> None:
     if "single" in layouts:
         print(HEAD, flush=True)
         for s in settings:
-            for row in measure(s, names, tokens, turns, device):
+            for row in measure(s, names, tokens, turns, seconds, device):
                 rows.append(row)
                 print(line(row, tokens), flush=True)
             gc.collect()
+        print("\n" + "\n".join(against_peers(rows)), flush=True)
     counts: list[Counted] = []
     if parallel := [x for x in layouts if x != "single"]:
         print(f"\n{COUNTED}", flush=True)
@@ -439,8 +483,13 @@ def write(rows: list[Row], counts: list[Counted], tokens: int, turns: int, page:
     told = " ".join(shlex.quote(a) for a in sys.argv[1:] if not a.startswith(("output=", "page=")))
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
     text = ["# Benchmarks", "", f"Written by `python launch/bench.py {told}`: torch {torch.__version__}, {machine}."]
-    text += [f"A step is the forward and backward of one block with {tokens} tokens; {turns} turns; median, and quartiles in brackets.", ""]
+    text += [f"A step is the forward and backward of one block with {tokens} tokens; {turns} turns or more;"]
+    text += ["median, and quartiles in brackets.", ""]
     text += [f"![Step time over the floor]({page.name}.svg)", "", HEAD, *(line(row, tokens) for row in rows)]
+    if peers := against_peers(rows):
+        text += ["", "Our step over that of each peer: the median, and the interval that holds it with 95 %;"]
+        text += ["`slower` where that lies above 1. Factors of loralib, torchtune and d9d are in the dtype of the base, ours and PEFT's"]
+        text += ["in fp32.", "", *peers]
     if counts:
         text += ["", "Counted on rank 0 of fake ranks; bytes are those of whole buffers, and the sum of replicated factors is in them.", ""]
         text += [COUNTED, *map(counted_line, counts)]
@@ -452,7 +501,7 @@ def write(rows: list[Row], counts: list[Counted], tokens: int, turns: int, page:
     for k, name in enumerate(names):
         mine = [row for row in rows if row.name == name]
         at = [settings.index(row.setting) + 0.8 * (k + 0.5) / len(names) - 0.4 for row in mine]
-        ax.barh(at, [statistics.median(row.ratios) - 1 for row in mine], height=0.8 / len(names), label=name)
+        ax.barh(at, [statistics.median(row.over("floor")) - 1 for row in mine], height=0.8 / len(names), label=name)
     ax.set_yticks(range(len(settings)), [f"{s.shape} {s.targets} r={s.rank} {s.dtype} p={s.dropout:g}" for s in settings], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("step time beyond the floor, as a share of it")

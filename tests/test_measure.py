@@ -59,7 +59,7 @@ def test_collectives_are_counted_in_one_way_whoever_calls_them(pool):
 
 def test_the_bench_measures_ours_beside_the_floor(capsys):
     setting = bench.Setting("linear", 2, "float32", 0.0, "all")
-    rows = {row.name: row for row in bench.measure(setting, ["floor", "d9d_lora"], tokens=4, turns=1, device=torch.device("cpu"))}
+    rows = {row.name: row for row in bench.measure(setting, ["floor", "d9d_lora"], tokens=4, turns=1, budget=0, device=torch.device("cpu"))}
     z, x = 4 * 2 * 4, 4 * 4096 * 4
     assert rows["d9d_lora"].saved in (z, z + x)  # x is the caller's own here
     assert rows["d9d_lora"].extra == bench.six_products(setting, 4)
@@ -80,3 +80,10 @@ def test_the_bench_counts_on_fake_ranks_what_real_ones_send():
     floor, ours = found["fsdp2", "floor"], found["fsdp2", "d9d_lora"]
     factors = 4 * (576 + 576 + 576 + 192) * number
     assert (ours.collectives, ours.travelled - floor.travelled) == (floor.collectives + 1, 3 * factors)  # gathered twice, scattered once
+
+
+def test_a_peer_is_faster_only_beyond_doubt():
+    assert bench.median_interval([1.0, 2.0, 3.0]) == (1.0, 3.0)
+    n = 20  # P(Bin(20, 1/2) <= 5) = 0.0207 and P(<= 6) = 0.0577: the sixth of each end
+    assert bench.median_interval([float(i) for i in reversed(range(n))]) == (5.0, 14.0)
+    assert "slower" in bench.verdict([1.01, 1.02] * 10) and "slower" not in bench.verdict([0.99, 1.02] * 10)
