@@ -1,8 +1,8 @@
 """y = x W^T + b + s drop(x) A^T B^T as one step of autograd, with W[O,I] frozen, A[R,I], B[O,R], x[N,I], all of them this rank's parts.
 
-    forward     z = drop(x) A^T             y = x W^T + b;  y += s z B^T
-    backward    u = dy B                    dx = dy W;      dx += s drop(u A)
-                dA = s u^T drop(x)          dB = s dy^T z
+    forward     z = s drop(x) A^T           y = x W^T + b;  y += z B^T
+    backward    u = s dy B                  dx = dy W;      dx += drop(u A)
+                dA = u^T drop(x)            dB = dy^T z
 
 Beyond the frozen layer these are six products of rank R. The adapter's share is added into the two large tensors that the frozen layer
 makes anyway. Kept for the backward: x, which autograd holds once however many layers read it, and z[N, R]; to recompute z would be a
@@ -11,7 +11,7 @@ seventh product. With dropout, the clock's time is kept and no mask: it is drawn
 Several layers that read the same x are one step too (`layers/readers.py`): their A are stacked, A[R1 + R2 + ..., I], so x is dropped
 once and read once for all of them, and all their shares of dx are added into one tensor:
 
-    z = drop(x) A^T      y1 = x W1^T + s z1 B1^T,  ...      dx = dy1 W1 + dy2 W2 + ... + s drop(u A)      dA = s u^T drop(x)
+    z = s drop(x) A^T      y1 = x W1^T + z1 B1^T,  ...      dx = dy1 W1 + dy2 W2 + ... + drop(u A)      dA = u^T drop(x)
 
 Autograd left to itself adds [N, O] and [N, I] out of place, scales thin products, and with dropout keeps another x for each layer.
 """
@@ -103,13 +103,15 @@ def mask_at(now: Tensor | None, drop: Any) -> Mask | None:
 
 
 def products(x: Tensor, readers: Sequence[Reader], scaling: float, mask: Mask | None) -> tuple[list[Tensor], Tensor]:
-    """y of every reader, and z[N, R] of all."""
+    """y of every reader, and s z[N, R] of all."""
     rows = x.reshape(-1, x.shape[-1])
-    z = (rows if mask is None else mask.keep(rows)[0]) @ _stacked(readers, x.dtype).T
+    rows = rows if mask is None else mask.keep(rows)[0]
+    A = _stacked(readers, x.dtype)
+    z = rows.new_empty(len(rows), len(A)).addmm_(rows, A.T, beta=0, alpha=_scale(scaling, mask))
     ys = []
     for r, z_r in zip(readers, z.split([r.A.shape[0] for r in readers], 1)):
         y = linear(x, r.restore(*r.weight), r.bias)
-        y.view(-1, y.shape[-1]).addmm_(z_r, r.B.to(x.dtype).T, alpha=_scale(scaling, mask))
+        y.view(-1, y.shape[-1]).addmm_(z_r, r.B.to(x.dtype).T)
         ys.append(y)
     return ys, z
 
@@ -133,11 +135,11 @@ def gradients(
         here = slice(rank, rank := rank + r.A.shape[0])
         if dy is not None:
             dy = dy.reshape(-1, dy.shape[-1])
-            torch.mm(dy, r.B.to(dy.dtype), out=u[:, here])
+            u[:, here].addmm_(dy, r.B.to(dy.dtype), beta=0, alpha=s)
             if wanted[at]:
                 grads[at] = dy.sum(0)
             if wanted[at + 2]:
-                grads[at + 2] = (dy.T @ z[:, here]).to(r.B.dtype).mul_(s)
+                grads[at + 2] = (dy.T @ z[:, here]).to(r.B.dtype)
             if for_x:
                 W = r.restore(*r.weight)
                 dx = dy @ W if dx is None else dx.addmm_(dy, W)
@@ -147,10 +149,10 @@ def gradients(
     if mask is not None:
         rows, *share = mask.keep(rows, *(() if dx is None else (u @ A,)))  # the mask is made once for both
     if dx is not None:
-        dx = dx.add_(share[0], alpha=s) if share else dx.addmm_(u, A, alpha=s)
+        dx = dx.add_(share[0]) if share else dx.addmm_(u, A)
         dx = dx.view_as(x)
     if any(wanted[i] for i in places):
-        dA = (u.T @ rows).to(readers[0].A.dtype).mul_(s)
+        dA = (u.T @ rows).to(readers[0].A.dtype)
         for i, part in zip(places, dA.split([r.A.shape[0] for r in readers])):
             grads[i] = part if wanted[i] else None
     return dx, grads
