@@ -11,7 +11,8 @@ In a plain loop the module that was injected must be the one that is called: its
 checkpointing each forward must be followed by its backward, for a recomputed block reads the clock as it stands.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,19 @@ class Clock:
         """Driven by a trainer: `position` numbers the microbatch in the whole run, whoever computes it."""
         self._driven = True
         self.now.fill_(key_of(self.seed, "position", *position))
+
+    def again(self) -> AbstractContextManager[None]:
+        """Inside, the time is what it is now: for what is computed again when other forwards have come between."""
+        return self._at(self.now.clone())
+
+    @contextmanager
+    def _at(self, time: Tensor) -> Iterator[None]:
+        held = self.now.clone()
+        self.now.copy_(time)
+        try:
+            yield
+        finally:
+            self.now.copy_(held)
 
     def attach(self, module: nn.Module) -> None:
         """Ticks with the training forwards of `module`."""

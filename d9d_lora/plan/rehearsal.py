@@ -116,6 +116,11 @@ class Rehearsal(Trainer):
         self.method = peft_method_from_config(self._seeded(self.config.peft))
         if self.method.surveys:
             raise ValueError("peft: ranks of a start from data (eva, corda) follow from the data; plan with init_lora_weights=true")
+        if config.parallel.pp > 1:
+            raise ValueError(
+                "parallel.pp: a pipeline cannot be rehearsed yet; plan a stage by itself, with parallel.pp=1, the ranks of one stage, "
+                "and as many layers as it has"
+            )
         if config.train.compile:
             raise ValueError("a compiled run cannot be rehearsed; plan with train.compile=false, of which it needs no more")
         self._outline()

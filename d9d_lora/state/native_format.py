@@ -22,7 +22,7 @@ from d9d_lora.method import PeftMethod
 from d9d_lora.patterns import NotLinear, check_key, is_like, refuse_costly
 from d9d_lora.placement import full_of
 from d9d_lora.registry import peft_method_from_config
-from d9d_lora.state.atomic import decided, rank_and_world, sync_tree
+from d9d_lora.state.atomic import decided, gather, sync_tree, to_first
 from d9d_lora.state.names import clean
 from d9d_lora.state.peft_limits import huge_numbers
 from d9d_lora.state.reader import load_checkpoint, named_state
@@ -40,10 +40,13 @@ def save_trained(params: Mapping[str, Tensor], config: BaseModel, path: Path) ->
         RanksFailed: on every rank, if rank 0 could not write, or what it wrote reads back otherwise.
     """
     held = {}
-    for name in sorted(params):
-        whole = full_of(params[name].detach())
-        if rank_and_world()[0] == 0:
-            held[name] = whole.cpu().contiguous()
+    owners: dict[str, tuple[int, Tensor]] = {}
+    for rank, there in enumerate(gather({name: (tuple(t.shape), t.dtype) for name, t in params.items()})):  # stages have others
+        owners |= {n: (rank, torch.empty(s, dtype=d, device="meta")) for n, (s, d) in there.items() if n not in owners}
+    for name, (owner, outline) in sorted(owners.items()):
+        whole = to_first(full_of(params[name].detach()) if name in params else None, outline, owner)
+        if whole is not None:
+            held[name] = whole.contiguous()
     decided("writing what was trained", lambda: _write(held, config, path))
 
 

@@ -46,9 +46,16 @@ class ModelConfig(Strict):
         return self
 
 
+Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv"]
+PIPELINE = {"schedule": "1f1b", "stages_per_rank": 1}
+
+
 class ParallelConfig(Strict):
     """The layout. Degrees multiply to the number of processes."""
 
+    pp: int = Field(1, ge=1, description="pipeline ranks: each holds some of the layers")
+    schedule: Schedule = Field("1f1b", description="in what order a pipeline's ranks run their microbatches")
+    stages_per_rank: int = Field(1, ge=1, description="stages on each pipeline rank; more than one with the schedules that interleave them")
     dp_replicate: int = Field(1, ge=1, description="replicas that hold all of the model (HSDP with dp_shard > 1)")
     dp_shard: int = Field(-1, ge=-1, description="FSDP2 shards; -1: what the other degrees leave")
     tp: int = Field(1, ge=1, description="tensor-parallel ranks")
@@ -59,17 +66,37 @@ class ParallelConfig(Strict):
 
     def resolved(self, world: int) -> "ParallelConfig":
         """With dp_shard a number, or an error that says which degrees would fit `world` processes."""
-        others = self.dp_replicate * self.tp
+        others = self.pp * self.dp_replicate * self.tp
         shard = world // others if self.dp_shard == -1 else self.dp_shard
         if self.dp_shard == 0 or others * shard != world:
             raise ValueError(
-                f"parallel: dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard if self.dp_shard != -1 else '(the rest)'} x "
+                f"parallel: {f'pp {self.pp} x ' if self.pp > 1 else ''}dp_replicate {self.dp_replicate} x "
+                f"dp_shard {self.dp_shard if self.dp_shard != -1 else '(the rest)'} x "
                 f"tp {self.tp} does not make the {world} processes of this run; launch {others * max(self.dp_shard, 1)} processes, or "
                 f"choose degrees whose product is {world}"
             )
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("parallel.sequence_parallel needs parallel.tp > 1, and would be ignored without it")
+        self._check_pipeline()
         return self.model_copy(update={"dp_shard": shard})
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages, over all ranks."""
+        return self.pp * self.stages_per_rank
+
+    def _check_pipeline(self) -> None:
+        name, several = self.schedule, self.stages_per_rank
+        if self.pp == 1:
+            if idle := sorted({"schedule", "stages_per_rank"} & {f for f in self.model_fields_set if getattr(self, f) != PIPELINE[f]}):
+                raise ValueError(f"parallel.{idle[0]} needs parallel.pp > 1, and would be ignored without it")
+            return
+        if self.sequence_parallel:
+            raise ValueError("parallel.sequence_parallel cannot go with parallel.pp: stages hand on whole rows; leave it out")
+        fits = {"interleaved_1f1b": several > 1, "zero_bubble": True, "zbv": several == 2}.get(name, several == 1)
+        if not fits:
+            wanted = {"interleaved_1f1b": "at least 2", "zbv": "exactly 2"}.get(name, "exactly 1")
+            raise ValueError(f"parallel.schedule={name} needs {wanted} stages on each rank; got parallel.stages_per_rank={several}")
 
 
 class OptimConfig(Strict):

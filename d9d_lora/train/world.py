@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from d9d_lora.train.config import ParallelConfig
 
 MESH_AXES = ("dp_replicate", "dp_shard", "tp")
+PIPELINE_AXIS = "pp"  # the outermost, and only there if it has more than one rank
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,11 @@ class World:
 
     @property
     def dp_rank(self) -> int:
-        return self.rank // self.parallel.tp  # tp is the innermost axis of the mesh
+        return self.rank // self.parallel.tp % self.dp_size  # tp is the innermost axis of the mesh, pp the outermost
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // (self.parallel.tp * self.dp_size)
 
     def dp_group(self) -> dist.ProcessGroup | None:
         """The ranks that see different data and share this rank's place in the tensor-parallel mesh; None if there are none."""
@@ -49,14 +54,15 @@ class World:
         mesh = self.mesh[names]
         return dist.group.WORLD if mesh.size() == self.size else mesh._flatten("_".join(names)).get_group()
 
-    def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
+    def sum_over_dp(self, values: torch.Tensor, *, one_stage: bool = False) -> torch.Tensor:
         """Adds a small tensor over the ranks that see different data, in place: one collective, over all ranks.
 
-        Tensor-parallel ranks hold equal values, so the sum over everybody is theirs too, `tp` times.
+        Tensor-parallel ranks hold equal values, and so do pipeline ranks, so the sum over everybody is theirs too, `tp * pp` times.
+        `one_stage`: one stage of the pipeline has them, and the others have zeros.
         """
         if self.mesh is not None:
             dist.all_reduce(values)
-            values /= self.parallel.tp
+            values /= self.parallel.tp * (1 if one_stage else self.parallel.pp)
         return values
 
 
@@ -76,7 +82,7 @@ def device_of(name: str) -> torch.device:
 
 
 def join(device: torch.device, parallel: ParallelConfig, timeout_s: int) -> World:
-    """Joins the process group that torchrun announced, if any, and makes the mesh (dp_replicate, dp_shard, tp)."""
+    """Joins the process group that torchrun announced, if any, and makes the mesh ([pp,] dp_replicate, dp_shard, tp)."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     parallel = parallel.resolved(size)
     if device.type != "cpu":
@@ -87,7 +93,9 @@ def join(device: torch.device, parallel: ParallelConfig, timeout_s: int) -> Worl
         # Objects (errors, documents) and CPU tensors travel over gloo beside the accelerator's own backend.
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    mesh = init_device_mesh(device.type, (parallel.dp_replicate, parallel.dp_shard, parallel.tp), mesh_dim_names=MESH_AXES)
+    axes = {PIPELINE_AXIS: parallel.pp} if parallel.pp > 1 else {}
+    axes |= dict(zip(MESH_AXES, (parallel.dp_replicate, parallel.dp_shard, parallel.tp)))
+    mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     return World(dist.get_rank(), size, device, parallel, mesh)
 
 
