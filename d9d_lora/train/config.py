@@ -88,7 +88,7 @@ class ParallelConfig(Strict):
     def _check_pipeline(self) -> None:
         name, several = self.schedule, self.stages_per_rank
         if self.pp == 1:
-            if idle := sorted({"schedule", "stages_per_rank"} & {f for f in self.model_fields_set if getattr(self, f) != PIPELINE[f]}):
+            if idle := [f for f, default in PIPELINE.items() if getattr(self, f) != default]:
                 raise ValueError(f"parallel.{idle[0]} needs parallel.pp > 1, and would be ignored without it")
             return
         if self.sequence_parallel:
