@@ -12,7 +12,8 @@ checkpointing each forward must be followed by its backward, for a recomputed bl
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,19 @@ class Clock:
         """Driven by a trainer: `position` numbers the microbatch in the whole run, whoever computes it."""
         self._driven = True
         self.now.fill_(key_of(self.seed, "position", *position))
+
+    def again(self) -> AbstractContextManager[None]:
+        """Inside, the time is what it is now: for what is computed again when other forwards have come between."""
+        return self._at(self.now.clone())
+
+    @contextmanager
+    def _at(self, time: Tensor) -> Iterator[None]:
+        held = self.now.clone()
+        self.now.copy_(time)
+        try:
+            yield
+        finally:
+            self.now.copy_(held)
 
     def attach(self, module: nn.Module) -> None:
         """Ticks with the training forwards of `module`."""

@@ -107,6 +107,14 @@ class PeftMethod(ABC, Generic[TConfig]):
         """Fills what `compact` has made smaller from a file's tensors; (names in the file, names of parameters) it has dealt with."""
         return set(), set()
 
+    def across(self, module: nn.Module, group: Any) -> None:
+        """Told once, where a model is cut into pipeline stages, for a method that weighs the layers of all stages together.
+
+        Args:
+            module: What this rank holds.
+            group: The process group of the ranks that hold the other stages.
+        """
+
     def add_extra_loss(self, module: nn.Module) -> Tensor | None:
         """Adds the gradient of a loss term of the method's own to the finished gradients, and returns the term, or None.
 

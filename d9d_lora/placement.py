@@ -204,6 +204,21 @@ def sum_over_boxes(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return totals
 
 
+@torch.no_grad()
+def gather_flat(t: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The numbers of all ranks of a group, one after another, however many each has; None: those here. Two small collectives."""
+    if group is None:
+        return t.reshape(-1)
+    ranks = dist.get_world_size(group)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=t.device) for _ in range(ranks)]
+    dist.all_gather(sizes, torch.tensor([t.numel()], device=t.device), group=group)
+    mine = t.new_zeros(max(int(n) for n in sizes))
+    mine[: t.numel()] = t.reshape(-1)
+    everyone = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(everyone, mine, group=group)
+    return torch.cat([part[: int(n)] for part, n in zip(everyone, sizes)])
+
+
 def _counts(p: Any) -> bool:
     """Whether this rank is the first of those that hold the same box."""
     return not any(s.is_replicate() and p.device_mesh.get_local_rank(i) for i, s in enumerate(p.placements))

@@ -18,7 +18,7 @@ def make_assets(directory: Path, family: str = "llama", **changes: Any) -> Path:
     """`directory/model` and `directory/data.jsonl`."""
     torch.manual_seed(11)
     fields = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
-    config = CONFIG_MAPPING[family](vocab_size=400, tie_word_embeddings=True, **{**fields, **changes})
+    config = CONFIG_MAPPING[family](vocab_size=400, **{"tie_word_embeddings": True, **fields, **changes})
     model = AutoModelForCausalLM.from_config(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)

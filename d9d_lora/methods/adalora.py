@@ -15,7 +15,8 @@ A term of the loss holds A and B near orthogonal: orth_reg_weight times the mean
 S and U are placed as their factors are. A rank adds up the scores of its own boxes, and one flat sum over the mesh, of 3 R numbers a
 layer, makes them whole and equal on all ranks: so all choose the same triplets. That is all that an allocation sends, and other steps
 send nothing for S, U and masks. Gram matrices are summed in the same way; only where FSDP2 shards the letter R, which every row of
-A A^T needs, the thin A of all layers are gathered along it, in one collective.
+A A^T needs, the thin A of all layers are gathered along it, in one collective. Pipeline stages
+gather the scores of each other's layers, and the budget, the threshold and the mean of the orthogonality term are those of all stages.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,7 +36,7 @@ from d9d_lora.adapters import AdapterConfig, AdapterMethod
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.method import InjectionError, PeftInjectionResult
 from d9d_lora.methods.delta import Cost, Delta, Draw, Parts
-from d9d_lora.placement import box_of, full_of, local_of, sum_over_boxes
+from d9d_lora.placement import box_of, full_of, gather_flat, local_of, sum_over_boxes
 from d9d_lora.walk import adapted_layers
 
 
@@ -202,6 +203,8 @@ class AdaLoRA(AdapterMethod[AdaLoRAConfig]):
             )
         super().__init__(config)
         self._memory: WeakKeyDictionary[AdaptedLayer, Memory] = WeakKeyDictionary()
+        self._stages: Any = None  # the ranks that hold the other stages of a pipeline
+        self._elsewhere = 0  # how many layers those have
 
     def delta_for(self, name: str) -> AdaLoRADelta:
         p = self.config.params
@@ -239,6 +242,17 @@ class AdaLoRA(AdapterMethod[AdaLoRAConfig]):
         """The layers that spend the budget: none where another adapter is active and this one is frozen."""
         return [layer for _, layer in self.layers(module) if layer.factor("lora_E").requires_grad]
 
+    def across(self, module: nn.Module, group: Any) -> None:
+        self._stages = group
+        self._elsewhere = int(self._gathered([torch.tensor([len(self.trained(module))])], module).sum()) - len(self.trained(module))
+
+    def _gathered(self, values: list[Tensor], module: nn.Module) -> Tensor:
+        """The numbers of all stages, of which one may have none."""
+        if self._stages is None:
+            return torch.cat(values)
+        device = next(module.parameters()).device
+        return gather_flat(torch.cat([torch.zeros(0), *values]).to(device, torch.float64), self._stages)
+
     # -- the budget ----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -248,9 +262,9 @@ class AdaLoRA(AdapterMethod[AdaLoRAConfig]):
         layers = self.trained(module)
         if step < p.end:
             self._observe(layers)
-        budget = p.budget(step, len(layers))
-        if budget is not None and layers:
-            self._allocate(layers, budget)
+        budget = p.budget(step, len(layers) + self._elsewhere)
+        if budget is not None and len(layers) + self._elsewhere:
+            self._allocate(layers, budget, module)
         if budget is not None or step > p.end:
             for layer in layers:
                 self.memory(layer).mask(layer)
@@ -263,11 +277,12 @@ class AdaLoRA(AdapterMethod[AdaLoRAConfig]):
             for name, q in layer.factors().items():
                 self.memory(layer).observe(name, q, p.beta1, p.beta2)
 
-    def _allocate(self, layers: list[AdaptedLayer], budget: int) -> None:
+    def _allocate(self, layers: list[AdaptedLayer], budget: int, module: nn.Module) -> None:
         """Keeps the triplets above the score of rank `budget` among all; equal scores fall together, as in PEFT."""
         scores = self.scores(layers)
-        drop = sum(len(s) for s in scores) - budget
-        threshold = torch.cat(scores).kthvalue(drop).values if drop > 0 else None
+        every = self._gathered(scores, module)
+        drop = len(every) - budget
+        threshold = every.kthvalue(drop).values if drop > 0 else None
         for layer, s in zip(layers, scores):
             kept = self.memory(layer).kept
             kept.copy_(torch.ones_like(kept) if threshold is None else s > threshold)
@@ -289,22 +304,24 @@ class AdaLoRA(AdapterMethod[AdaLoRAConfig]):
         """Adds the term's gradient, weight / n * 2 (A A^T - 1) A / |A A^T - 1|_F (of B: B (B^T B - 1)), to each rank's own box."""
         weight = self.config.params.orth_reg_weight
         factors = [layer.factor(name) for layer in self.trained(module) for name in ("lora_A", "lora_B")]
-        if not weight or not factors:
+        count = len(factors) + 2 * self._elsewhere
+        if not weight or not count:
             return None
         thin = whole_along_rank(factors)
         # of A its rows, of B its columns: [R, this rank's part of the other letter]
         flat = [local_of(t) if i % 2 == 0 else local_of(t).T for i, t in enumerate(thin)]
         grams = sum_over_boxes([(t, x @ x.T) for t, x in zip(thin, flat)])
-        total = torch.zeros((), dtype=grams[0].dtype, device=grams[0].device)
+        like = grams[0] if grams else torch.zeros((), device=next(module.parameters()).device)
+        total = torch.zeros((), dtype=like.dtype, device=like.device)
         for i, (p, x, gram) in enumerate(zip(factors, flat, grams)):
             gram.diagonal().sub_(1)
             norm = gram.norm()
             total += norm.to(total)
-            slope = (gram @ x) * torch.where(norm > 0, 2 * weight / len(factors) / norm, 0)  # at the least value, 0 is a gradient
+            slope = (gram @ x) * torch.where(norm > 0, 2 * weight / count / norm, 0)  # at the least value, 0 is a gradient
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             local_of(p.grad).add_(slope[box_of(p)[0]] if i % 2 == 0 else slope.T[:, box_of(p)[1]])
-        return total * weight / len(factors)
+        return self._gathered([total.reshape(1)], module).sum() * weight / count
 
     # -- what an export needs ------------------------------------------------------------------------------------------------
 

@@ -117,6 +117,10 @@ class PeftStack(PeftMethod[PeftStackConfig]):
         done = [method.expand(module, held) for method in self.methods]
         return {k for keys, _ in done for k in keys}, {n for _, names in done for n in names}
 
+    def across(self, module: nn.Module, group: Any) -> None:
+        for method in self.methods:
+            method.across(module, group)
+
     def add_extra_loss(self, module: nn.Module) -> Tensor | None:
         terms = [t for t in (m.add_extra_loss(module) for m in self.methods) if t is not None]
         return torch.stack(terms).sum() if terms else None

@@ -116,6 +116,11 @@ class Rehearsal(Trainer):
         self.method = peft_method_from_config(self._seeded(self.config.peft))
         if self.method.surveys:
             raise ValueError("peft: ranks of a start from data (eva, corda) follow from the data; plan with init_lora_weights=true")
+        if config.parallel.pp > 1:
+            raise ValueError(
+                "parallel.pp: a pipeline cannot be rehearsed yet; plan a stage by itself, with parallel.pp=1, the ranks of one stage, "
+                "and as many layers as it has"
+            )
         if config.train.compile:
             raise ValueError("a compiled run cannot be rehearsed; plan with train.compile=false, of which it needs no more")
         self._outline()
@@ -226,8 +231,7 @@ def fake_world(size: int, parallel: ParallelConfig) -> Iterator[World]:
         return
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
-        shape = (parallel.dp_replicate, parallel.dp_shard, parallel.tp)
-        yield World(0, size, CPU, parallel, init_device_mesh("cpu", shape, mesh_dim_names=MESH_AXES))
+        yield World(0, size, CPU, parallel, init_device_mesh("cpu", parallel.shape(MESH_AXES), mesh_dim_names=MESH_AXES))
     finally:
         dist.destroy_process_group()
 

@@ -24,7 +24,9 @@ from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 T = TypeVar("T")
@@ -112,6 +114,21 @@ def decided(what: str, act: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise RanksFailed(what, {0: outcome[1]})
     return outcome[0]
+
+
+def to_first(value: Tensor | None, like: Tensor, owner: int) -> Tensor | None:
+    """A whole tensor of the rank `owner`, on rank 0 and on the CPU; None on all others. Every rank calls it."""
+    rank, _ = rank_and_world()
+    if rank not in (0, owner):
+        return None
+    there = torch.empty(like.shape, dtype=like.dtype) if value is None else value.detach().cpu()
+    if owner == 0:
+        return there
+    if rank == 0:
+        dist.recv(there, src=owner)
+        return there
+    dist.send(there.contiguous(), dst=0)
+    return None
 
 
 def _describe(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from d9d_lora.method import PeftMethod
 from d9d_lora.patterns import NotLinear, check_key, is_like, refuse_costly
 from d9d_lora.placement import full_of
 from d9d_lora.registry import peft_method_from_config
-from d9d_lora.state.atomic import decided, rank_and_world, sync_tree
+from d9d_lora.state.atomic import decided, gather, sync_tree, to_first
 from d9d_lora.state.names import clean
 from d9d_lora.state.peft_limits import huge_numbers
 from d9d_lora.state.reader import load_checkpoint, named_state
@@ -46,12 +46,16 @@ def save_trained(params: Mapping[str, Tensor], config: BaseModel, path: Path) ->
 def trained_writer(params: Mapping[str, Tensor], config: BaseModel) -> Callable[[Path], None]:
     """`save_trained` in two halves: this one copies the tensors to rank 0, the function that it returns writes the copies to a path.
 
-    Both are collective. In between, and beside the second, the model may change.
+    Both are collective. In between, and beside the second, the model may change. A tensor that only some ranks have, as stages of a
+    pipeline do, comes from the first of them.
     """
+    owners: dict[str, tuple[int, Tensor]] = {}
+    for rank, there in enumerate(gather({name: (tuple(t.shape), t.dtype) for name, t in params.items()})):
+        owners |= {n: (rank, torch.empty(s, dtype=d, device="meta")) for n, (s, d) in there.items() if n not in owners}
     held: dict[str, Tensor] = {}
-    for name in sorted(params):
-        whole = full_of(params[name].detach())
-        if rank_and_world()[0] == 0:
+    for name, (owner, outline) in sorted(owners.items()):
+        whole = to_first(full_of(params[name].detach()) if name in params else None, outline, owner)
+        if whole is not None:
             held[name] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
     return lambda path: decided("writing what was trained", lambda: _write(held, config, path))
 

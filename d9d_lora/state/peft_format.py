@@ -35,6 +35,7 @@ from d9d_lora.state.atomic import (
     rank_and_world,
     sync,
     sync_tree,
+    to_first,
     together,
 )
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperParallel, ModelStateMapperRename, StateGroup
@@ -206,14 +207,30 @@ def collect(
     _agree([*trained.layers, trained.bias, *trained.whole, *(entry.key for entry in trained.beside)])
     facts = trained.dialect.facts(trained.adapted)
     config, entries = together("describing the adapter", lambda: _describe(model, trained, facts, base, task_type))
-    _agree([dump(config), *((e.key, e.shape, [(tuple(s.shape), isinstance(s, DTensor)) for s in e.sources]) for e in entries)])
+    _agree([dump(config), *((e.key, e.shape, [tuple(s.shape) for s in e.sources]) for e in entries)])
+    owners = _owners(entries)
     before()
     collected = Collected(config, trained.adapted, entries)
-    for entry in entries:
-        whole = [_gathered(source) for source in entry.sources]
+    for entry, owner in zip(entries, owners, strict=True):
+        here = not any(source.is_meta for source in entry.sources)
+        whole = [_gathered(source).detach() if here else None for source in entry.sources]
+        brought = [to_first(value, source, owner) for value, source in zip(whole, entry.sources)]
         if rank_and_world()[0] == 0:
-            collected.sources[entry.key] = [value.detach().cpu() for value in whole]
+            collected.sources[entry.key] = [value for value in brought if value is not None]
     return collected
+
+
+def _owners(entries: list[Entry]) -> list[int]:
+    """For each entry the first rank that holds it: others may have it on meta, as another pipeline stage's."""
+    kinds = ["".join("-" if s.is_meta else "D" if isinstance(s, DTensor) else "t" for s in e.sources) for e in entries]
+    owners: list[int] = []
+    for entry, views in zip(entries, zip(*gather(kinds), strict=True), strict=True):
+        held = {view: rank for rank, view in reversed(list(enumerate(views))) if "-" not in view}
+        if len(held) != 1:
+            how = "placed otherwise on different ranks" if held else "on no rank: every rank has it on meta"
+            raise AdapterError(f"{entry.key!r} is {how}, and cannot be gathered")
+        owners += held.values()
+    return owners
 
 
 def _trained(model: nn.Module) -> _Trained:
@@ -335,7 +352,7 @@ def _agree(listed: list[Any]) -> None:
     if len(set(marks)) > 1:
         raise AdapterError(
             f"ranks hold different adapters (by rank: {[mark[:8] for mark in marks]}). Every rank must hold the whole model "
-            "by name, each its shards of it; a pipeline stage saves its own part."
+            "by name, each its shards of it, and on meta what another pipeline stage holds."
         )
 
 

@@ -67,6 +67,8 @@ def load_checkpoint(
     skip: Collection[str] = (),
     ignore_unexpected: Sequence[str] = (),
     sinks: Mapping[str, Sink] = MappingProxyType({}),
+    elsewhere: Collection[str] = (),
+    twins: Mapping[str, Tensor] = MappingProxyType({}),
     all_or_none: bool = False,
 ) -> LoadReport:
     """Fills every parameter and persistent buffer of `model`, in place, each rank reading only what it holds.
@@ -78,6 +80,8 @@ def load_checkpoint(
         skip: Names that the checkpoint does not hold: an adapter's own factors. They are left alone.
         ignore_unexpected: Regexes (searched) of names in the file which the model may lack.
         sinks: Tensors that the model holds in another form than the file does (packed weights).
+        elsewhere: Names of the model whose tensors other ranks hold (pipeline stages): known, and not read here.
+        twins: Names that other ranks have for a tensor which is here under another name, tied: read from either.
         all_or_none: Check every value before the first is put in its place, so that a broken file changes nothing; this rank's part of
             the file is in memory at once.
 
@@ -94,10 +98,10 @@ def load_checkpoint(
     files = source if isinstance(source, CheckpointFiles) else open_checkpoint(source)
     before = files.bytes_read
     try:
-        left_alone = set(skip)
+        left_alone = {*skip, *elsewhere}
         targets = {name: tensor for name, tensor in named_state(model) if name not in left_alone}
-        targets |= {name: outline for name, (outline, _) in sinks.items()}
-        plan = _Plan(targets, files, mapper or ModelStateMapperParallel([]), ignore_unexpected, sinks.keys())
+        targets |= {name: outline for name, (outline, _) in sinks.items() if name not in elsewhere} | dict(twins)
+        plan = _Plan(targets, files, mapper or ModelStateMapperParallel([]), ignore_unexpected, sinks.keys(), set(elsewhere))
         plan.check()
         filled: dict[int, str] = {}
         in_blocks = frozenset[str]() if all_or_none else targets.keys() - sinks.keys()
@@ -177,8 +181,9 @@ class _Plan:
         mapper: ModelStateMapper,
         ignored: Sequence[str],
         outlines: Collection[str] = (),
+        elsewhere: Collection[str] = (),
     ) -> None:
-        self.targets, self.files, self.outlines = targets, files, outlines
+        self.targets, self.files, self.outlines, self.elsewhere = targets, files, outlines, elsewhere
         self.ignored = [re.compile(pattern) for pattern in ignored]
         self.steps: list[_Step] = []
         self.sources: dict[str, list[str]] = {}
@@ -209,7 +214,7 @@ class _Plan:
         inputs = sorted(group.inputs)
         outputs = sorted(group.outputs)
         wanted = [name for name in outputs if name in self.targets]
-        for name in [name for name in outputs if name not in self.targets]:
+        for name in [name for name in outputs if name not in self.targets and name not in self.elsewhere]:
             self._unknown(name, [name, *inputs], f"from {inputs[:3]}" if inputs != [name] else "")
         for name in wanted:
             if name in self.sources:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from d9d_lora.placement import box_of, key_of, local_of
+from d9d_lora.state.atomic import gather
 
 
 class AdapterFault(RuntimeError):
@@ -35,13 +36,16 @@ class Coverage:
 
     def check(self, step: int, device: torch.device) -> None:
         """Raises `AdapterFault` on every rank if a parameter has had no gradient anywhere. Collective."""
-        seen = self._seen.to(device)
-        if dist.is_initialized():
-            dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        dead = [name for name, value in zip(self._params, seen.tolist()) if value == 0]
-        if dead:
+        keys = torch.tensor([key_of(name) for name in self._params], dtype=torch.int64)
+        rows = torch.stack([keys, self._seen.view(torch.int32).long()], 1)  # the bits of floats above zero are ordered as they are
+        largest: dict[int, int] = {}
+        for key, bits in _everyone(rows.to(device)).flatten(0, 1).tolist():
+            largest[key] = max(bits, largest.get(key, 0))
+        if not all(bits for key, bits in largest.items() if key != _NONE):
+            dead = sorted({name for names in gather([n for n in self._params if not largest[key_of(n)]]) for name in names})
             raise AdapterFault(
-                f"after {step} steps, {len(dead)} of {len(self._params)} trained parameters have had no gradient: {_some(dead)}. "
+                f"after {step} steps, {len(dead)} of {len(largest.keys() - {_NONE})} trained parameters have had no gradient: "
+                f"{_some(dead)}. "
                 "They are not on the way from the loss (a layer that is not called, a detached or no_grad forward, a branch that is "
                 "switched off). Leave them out of the targets, or mend the model's forward."
             )
@@ -49,9 +53,9 @@ class Coverage:
 
 @torch.no_grad()
 def checksums(params: Mapping[str, nn.Parameter]) -> Tensor:
-    """int64 [parameters, 2]: which box of the whole a rank holds, and a checksum of its bits."""
+    """int64 [parameters, 3]: of which parameter, which box of the whole a rank holds, and a checksum of its bits."""
     rows = []
-    for p in params.values():
+    for name, p in params.items():
         local = local_of(p.detach()).contiguous()
         total = torch.zeros((), dtype=torch.int64, device=local.device)
         words = local.view(-1).view(torch.int16 if local.element_size() == 2 else torch.int32)
@@ -59,31 +63,46 @@ def checksums(params: Mapping[str, nn.Parameter]) -> Tensor:
             place = torch.arange(n, n + block.numel(), device=local.device) % 65521 + 1
             total += (block.to(torch.int64) * place).sum()
         held = key_of(*((s.start, s.stop) for s in box_of(p))) if local.numel() else 0
-        rows.append(torch.stack([torch.tensor(held, device=local.device), total]))
-    return torch.stack(rows)
+        rows.append(torch.stack([torch.tensor(key_of(name), device=local.device), torch.tensor(held, device=local.device), total]))
+    return torch.stack(rows) if rows else torch.empty(0, 3, dtype=torch.int64)
 
 
-def check_replicas(params: Mapping[str, nn.Parameter], when: str) -> None:
-    """Raises `AdapterFault` on every rank if two ranks hold different bits of one piece. Collective: one small gather."""
+def check_replicas(params: Mapping[str, nn.Parameter], when: str, device: torch.device) -> None:
+    """Raises `AdapterFault` on every rank if two ranks hold different bits of one piece. Collective: one small gather.
+
+    Ranks may hold other parameters (pipeline stages); names say what is the same.
+    """
     if not dist.is_initialized():
         return
-    mine = checksums(params)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    table = torch.stack(everyone).cpu()  # [rank, parameter, 2]
-    drifted = []
-    for i, name in enumerate(params):
-        first: dict[int, tuple[int, int]] = {}
-        for rank, (box, total) in enumerate(table[:, i].tolist()):
-            other, expected = first.setdefault(box, (rank, total))
+    first: dict[tuple[int, int], tuple[int, int]] = {}
+    apart: dict[int, str] = {}
+    for rank, rows in enumerate(_everyone(checksums(params).to(device)).tolist()):
+        for key, box, total in rows:
+            other, expected = first.setdefault((key, box), (rank, total))
             if total != expected:
-                drifted.append(f"{name} (rank {rank} against rank {other})")
-                break
-    if drifted:
+                apart.setdefault(key, f"rank {rank} against rank {other}")
+    if apart:
+        drifted = sorted({f"{n} ({apart[key_of(n)]})" for names in gather([n for n in params if key_of(n) in apart]) for n in names})
         raise AdapterFault(
             f"{when}: {len(drifted)} replicated parameters differ between ranks that should hold the same bits: {_some(drifted)}. Some "
             "ranks were given another start, another gradient or another mask; saving would keep one rank's version."
         )
+
+
+_NONE = -1  # where a rank has fewer parameters than another; no key is negative
+
+
+def _everyone(rows: Tensor) -> Tensor:
+    """int64 [ranks, the most parameters of any, columns]: every rank's table, filled up with `_NONE`. Collective."""
+    if not dist.is_initialized():
+        return rows.unsqueeze(0)
+    most = torch.tensor(len(rows), device=rows.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    mine = rows.new_full((int(most), rows.shape[1]), _NONE)
+    mine[: len(rows)] = rows
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).cpu()
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -4,6 +4,7 @@ Every field says what it means where it is declared; `configs/` holds the same d
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -47,11 +48,20 @@ class ModelConfig(Strict):
         return self
 
 
+Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv"]
+PIPELINE = {"schedule": "1f1b", "stages_per_rank": 1}
+
+
 class ParallelConfig(Strict):
     """The layout. Degrees multiply to the number of processes."""
 
+    pp: int = Field(1, ge=1, description="pipeline ranks: each holds some of the layers")
+    schedule: Schedule = Field("1f1b", description="in what order a pipeline's ranks run their microbatches")
+    stages_per_rank: int = Field(1, ge=1, description="stages on each pipeline rank; more than one with the schedules that interleave them")
     dp_replicate: int = Field(1, ge=1, description="replicas that hold all of the model (HSDP with dp_shard > 1)")
     dp_shard: int = Field(-1, ge=-1, description="FSDP2 shards; -1: what the other degrees leave")
+    ep: int = Field(1, ge=1, description="of the dp_shard ranks, neighbours that hold different experts; divides dp_shard (only 1 as yet)")
+    cp: int = Field(1, ge=1, description="ranks that hold different tokens of the same documents (only 1 as yet)")
     tp: int = Field(1, ge=1, description="tensor-parallel ranks")
     sequence_parallel: bool = Field(False, description="between layers, shard the tokens over the tensor-parallel ranks")
     adapters: Literal["auto", "shard", "replicate"] = Field(
@@ -67,22 +77,53 @@ class ParallelConfig(Strict):
 
     def resolved(self, world: int) -> "ParallelConfig":
         """With dp_shard a number, or an error that says which degrees would fit `world` processes."""
-        others = self.dp_replicate * self.tp
+        if self.cp > 1 or self.ep > 1:
+            axis = "cp" if self.cp > 1 else "ep"
+            raise ValueError(f"parallel.{axis}={getattr(self, axis)}: not in the trainer yet; leave it 1, and use dp_shard, tp or pp")
+        others = self.pp * self.dp_replicate * self.cp * self.tp
         shard = world // others if self.dp_shard == -1 else self.dp_shard
         if self.dp_shard == 0 or others * shard != world:
+            asked = {axis: getattr(self, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
+            asked = {axis: n for axis, n in asked.items() if n > 1 or axis not in ("pp", "cp")}
+            asked["dp_shard"] = self.dp_shard if self.dp_shard != -1 else "(the rest)"
             raise ValueError(
-                f"parallel: dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard if self.dp_shard != -1 else '(the rest)'} x "
-                f"tp {self.tp} does not make the {world} processes of this run; launch {others * max(self.dp_shard, 1)} processes, or "
-                f"choose degrees whose product is {world}"
+                f"parallel: {' x '.join(f'{axis} {n}' for axis, n in asked.items())} does not make the {world} processes of this run; "
+                f"launch {others * max(self.dp_shard, 1)} processes, or choose degrees whose product is {world}"
             )
+        if shard % self.ep:
+            fits = [e for e in range(1, shard + 1) if shard % e == 0]
+            raise ValueError(f"parallel.ep={self.ep} must divide dp_shard={shard}; degrees that do: {fits}")
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("parallel.sequence_parallel needs parallel.tp > 1, and would be ignored without it")
         if not self.sequence_parallel and self.column == "rank_space":
             raise ValueError("parallel.column=rank_space keeps shards of tokens: give sequence_parallel=true with it, or column=auto")
+        self._check_pipeline()
         return self.model_copy(update={"dp_shard": shard})
 
     def column_path(self, *, recomputed: bool) -> ColumnPath:
         return ColumnPath(self.column, self.link_latency_us * 1e-6, self.link_gb_s * 1e9, recomputed=recomputed)
+
+    def shape(self, axes: Sequence[str]) -> tuple[int, ...]:
+        """Degrees along axes of the mesh."""
+        return tuple(getattr(self, axis) for axis in axes)
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages, over all ranks."""
+        return self.pp * self.stages_per_rank
+
+    def _check_pipeline(self) -> None:
+        name, several = self.schedule, self.stages_per_rank
+        if self.pp == 1:
+            if idle := [f for f, default in PIPELINE.items() if getattr(self, f) != default]:
+                raise ValueError(f"parallel.{idle[0]} needs parallel.pp > 1, and would be ignored without it")
+            return
+        if self.sequence_parallel:
+            raise ValueError("parallel.sequence_parallel cannot go with parallel.pp: stages hand on whole rows; leave it out")
+        fits = {"interleaved_1f1b": several > 1, "zero_bubble": True, "zbv": several == 2}.get(name, several == 1)
+        if not fits:
+            wanted = {"interleaved_1f1b": "at least 2", "zbv": "exactly 2"}.get(name, "exactly 1")
+            raise ValueError(f"parallel.schedule={name} needs {wanted} stages on each rank; got parallel.stages_per_rank={several}")
 
 
 class OptimConfig(Strict):

@@ -20,17 +20,19 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel
 from torch.utils.checkpoint import checkpoint
 
+from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.placement import local_of
-from d9d_lora.quant.load import packed_tensors, quantise_, sinks
+from d9d_lora.quant.load import packed_tensors, quantise_, quantised, sinks
 from d9d_lora.replicate import groups_that_share
 from d9d_lora.state.expert_files import expert_mapper
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperSequential
-from d9d_lora.state.reader import LoadReport, hf_prefix_mapper, load_checkpoint
+from d9d_lora.state.reader import LoadReport, hf_prefix_mapper, load_checkpoint, named_state
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.styles import parallelize_adapted, retie, tied_names
 from d9d_lora.train.config import ModelConfig, ParallelConfig
 from d9d_lora.train.replicated import axis_to_cut
+from d9d_lora.train.stages import Split
 from d9d_lora.walk import adapter_tensors
 
 
@@ -222,12 +224,16 @@ def blocks_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{i}" if name else str(i), m) for i, m in enumerate(longest)]
 
 
-def recompute(module: nn.Module) -> None:
+def recompute(module: nn.Module, clock: Clock | None = None) -> None:
     """Keeps only the inputs of each block and computes the rest again in the backward (never reentrant: adapters would get
-    no gradient)."""
+    no gradient).
+
+    `clock`: set back to the time of its forward for what is computed again, where other forwards come between.
+    """
+    again: dict[str, Any] = {} if clock is None else {"context_fn": lambda: (contextlib.nullcontext(), clock.again())}
     for _, block in blocks_of(module):
         inner = block.forward
-        block.forward = lambda *args, _inner=inner, **kwargs: checkpoint(_inner, *args, use_reentrant=False, **kwargs)  # type: ignore[method-assign]
+        block.forward = lambda *args, _inner=inner, **kwargs: checkpoint(_inner, *args, use_reentrant=False, **again, **kwargs)  # type: ignore[method-assign]
 
 
 def apply_data_parallel(
@@ -280,12 +286,12 @@ def materialise(base: Base, device: torch.device) -> None:
         module.to(device)
 
 
-def load(base: Base, mapper: ModelStateMapper, config: ModelConfig) -> LoadReport | None:
-    """Streams the base weights in, each rank the bytes of its shard. None if the module came with its weights."""
+def load(base: Base, mapper: ModelStateMapper, config: ModelConfig, split: Split | None = None) -> LoadReport | None:
+    """Streams the base weights in, each rank the bytes of its shard, of its stages. None if the module came with its weights."""
     if base.directory is None:
         return None
     module = base.module
-    with open_checkpoint(base.directory) as files:
+    with open_checkpoint(base.directory) as files, contextlib.nullcontext() if split is None else split.whole():
         chain: list[ModelStateMapper] = [mapper]
         names = list(files.names())
         converted = expert_mapper(module, names)
@@ -306,7 +312,14 @@ def load(base: Base, mapper: ModelStateMapper, config: ModelConfig) -> LoadRepor
         ignore += [r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$"]  # caches that older files hold
         whole = chain[0] if len(chain) == 1 else ModelStateMapperSequential(chain)
         skip = adapter_tensors(module) | packed_tensors(module)
-        return load_checkpoint(module, files, whole, skip=skip, ignore_unexpected=ignore, sinks=sinks(module))
+        elsewhere: set[str] = set()
+        if split is not None:
+            elsewhere = {n for n, t in named_state(module) if t.is_meta and n not in skip}
+            elsewhere |= {f"{n}.weight" for n, layer, _ in quantised(module) if layer.weight.is_meta}
+        twins = {} if split is None else split.twins()
+        return load_checkpoint(
+            module, files, whole, skip=skip, ignore_unexpected=ignore, sinks=sinks(module), elsewhere=elsewhere - twins.keys(), twins=twins
+        )
 
 
 def accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B, which starts at zero, learns at 
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,10 +27,13 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (shape if config.schedule == "constant" else config.final + (1 - config.final) * max(shape, 0))
 
 
-def adamw(params: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, with its state allocated: a checkpoint is loaded into what exists."""
+def adamw(params: Mapping[str, nn.Parameter], config: OptimConfig, names: Iterable[str] | None = None) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, with its state allocated: a checkpoint is loaded into what exists.
+
+    `names`: of all parameters the run trains, where this rank has some of them.
+    """
     optimiser = torch.optim.AdamW(
-        groups_of(params, config.lora_plus_ratio), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        groups_of(params, config.lora_plus_ratio, names), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
     for p in params.values():
         optimiser.state[p] = {
@@ -41,12 +44,12 @@ def adamw(params: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.opti
     return optimiser
 
 
-def groups_of(params: Mapping[str, nn.Parameter], ratio: float | None) -> list[dict[str, Any]]:
+def groups_of(params: Mapping[str, nn.Parameter], ratio: float | None, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
     """The parameters, apart by `ratio`: what the learning rate of a group is multiplied by."""
     if ratio is None:
         return [{"params": list(params.values()), "ratio": 1.0}]
     fast = [p for name, p in params.items() if _IS_B.search(name)]
-    if not fast:
+    if not any(map(_IS_B.search, params if names is None else names)):
         raise ValueError(
             f"optim.lora_plus_ratio={ratio} is for the factor B of LoRA, and this method trains no `lora_B`; raise optim.lr instead"
         )
@@ -65,18 +68,27 @@ def optimiser_state(params: Mapping[str, nn.Parameter], optimiser: torch.optim.O
 
 
 @torch.no_grad()
-def clip_(params: Iterable[nn.Parameter], most: float | None) -> float:
+def clip_(
+    params: Iterable[nn.Parameter],
+    most: float | None,
+    *,
+    counted: Callable[[nn.Parameter], bool] = lambda p: True,
+    total: Callable[[Tensor], Tensor] = lambda square: square,
+) -> float:
     """Scales all gradients so that their joint norm is at most `most`; returns the norm before.
+
+    `counted`, `total`: where ranks hold other parameters: whether the square of one counts here, and what adds the squares of all.
 
     Parameters may lie on different meshes (FSDP2 beside FSDP2 x TP), which `clip_grad_norm_` refuses: squares are summed
     locally for each way of being sharded, then reduced once for each.
     """
+    params = list(params)
     grads = [p.grad for p in params if p.grad is not None]
     alike: dict[object, list[Tensor]] = {}  # asked as `not is_replicate`: FSDP2 x TP has _StridedShard, which is no Shard
-    for g in grads:
+    for g in (p.grad for p in params if p.grad is not None and counted(p)):
         how = (g.device_mesh, tuple(not p.is_replicate() for p in g.placements)) if isinstance(g, DTensor) else None
         alike.setdefault(how, []).append(g)
-    total = torch.zeros(())
+    sum_ = torch.zeros(())
     for same in alike.values():  # the order of parameters: the same on every rank
         norms = torch._foreach_norm([at_least_fp32(local_of(g)) for g in same])
         square = torch.stack(list(norms)).square().sum()
@@ -84,8 +96,8 @@ def clip_(params: Iterable[nn.Parameter], most: float | None) -> float:
         if isinstance(first, DTensor):
             parts = [Replicate() if p.is_replicate() else Partial() for p in first.placements]
             square = DTensor.from_local(square, first.device_mesh, parts, run_check=False).full_tensor()
-        total = total.to(square) + square
-    norm = total.sqrt()
+        sum_ = sum_.to(square) + square
+    norm = total(sum_).sqrt()
     if most is not None and grads:
         torch._foreach_mul_([local_of(g) for g in grads], float((most / (norm + 1e-6)).clamp(max=1.0)))
     return float(norm)

@@ -31,7 +31,7 @@ from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.method import PeftMethod
 from d9d_lora.placement import ReplicatedSum, at_least_fp32, key_of
 from d9d_lora.registry import peft_method_from_config
-from d9d_lora.state.atomic import RanksFailed, decided, write_text
+from d9d_lora.state.atomic import RanksFailed, decided, together, write_text
 from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpoints
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperParallel
 from d9d_lora.state.names import clean
@@ -48,10 +48,12 @@ from d9d_lora.train.encode import IGNORE
 from d9d_lora.train.exports import check_exports, write_exports
 from d9d_lora.train.optim import adamw, clip_, learning_rate, optimiser_state, set_learning_rate
 from d9d_lora.train.packing import check_packing
+from d9d_lora.train.pipeline import Alone, Pipeline, check_microbatches, stages_here
 from d9d_lora.train.replicated import choose, is_over_data
 from d9d_lora.train.report import Tracker, census, show_census, size
-from d9d_lora.train.world import MESH_AXES, World
-from d9d_lora.walk import adapted_layers
+from d9d_lora.train.stages import Split, check_pieces
+from d9d_lora.train.world import GRADIENT_AXES, World
+from d9d_lora.walk import adapted_layers, clock_of
 
 REQUEUE = 75  # the exit code of a run that was told to stop and saved: EX_TEMPFAIL, "try again"
 SURVEYED = 32  # steps of data that a start from data may look at; it ends earlier when its directions have settled
@@ -80,7 +82,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.output / "checkpoints", keep=config.checkpoint.keep)
         self.found = self.checkpoints.find(config.checkpoint.resume)
         self._build()
-        self.optimiser = adamw(self.params, config.optim)
+        self.optimiser = adamw(self.params, config.optim, self.trained_names)
         self.step, self.consumed, self.best = 0, 0, math.inf
         self._told = self._stop = False  # this process has been signalled; some process has
 
@@ -128,7 +130,7 @@ class Trainer:
         if world.is_first:
             show_census(self.census, self.passed_over)
         models.materialise(self.base, world.device)
-        report = models.load(self.base, mapper, config.model)
+        report = models.load(self.base, mapper, config.model, self.split)
         if report:
             self.tracker.say(
                 f"base: {report.tensors} tensors, {size(report.bytes_read)} read by this rank in {report.seconds:.1f} s, {self.dtype}, "
@@ -136,6 +138,8 @@ class Trainer:
             )
         self.method.initialise(self.model, resume=self.found is not None)
         self._collect()
+        if self.split is not None:
+            self._connect(self.split)
 
     def _outline(self) -> ModelStateMapper:
         """The model with its adapters, sharded, and its table; on meta, unless a callable made it. `plan/` rehearses on the same."""
@@ -143,17 +147,21 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.base = models.open_model(config.model, self.dtype)
         self.model: nn.Module = self.base.module
+        if world.parallel.pp > 1:
+            check_pieces(self.model)
+            check_microbatches(world.parallel, *self._microbatches())
         if world.parallel.tp > 1:
             assert world.mesh is not None
             models.apply_tensor_parallel(self.base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
         result_of = _Remember(self.method)
         mapper = inject_peft_and_freeze(result_of, self.model)  # type: ignore[arg-type]
-        if not holds_all(self.model) and any(layer.delta.moves_base for layer in adapted_layers(self.model)):
+        self.held = holds_all(self.model)
+        if not self.held and any(layer.delta.moves_base for layer in adapted_layers(self.model)):
             raise ValueError(
                 "peft: a start that moves the base weight (pissa, olora, corda) is saved as a PEFT directory, which does not hold every "
                 "method or layer of this config; choose another init_lora_weights"
             )
-        check_exports(config.export, self.model, self.base.directory, held=holds_all(self.model))
+        check_exports(config.export, self.model, self.base.directory, held=self.held)
         whole = self._in_fp32()
         self.autocast = whole and self.dtype == torch.bfloat16
         self.choice = choose(self.model, world.parallel)
@@ -163,27 +171,53 @@ class Trainer:
             if lost:
                 raise ValueError(f"parallel.sequence_parallel: {lost[:4]} are not in the model's plan, so their gradients would be partial")
             take_column_path(self.model, world.parallel.column_path(recomputed=config.train.activation_checkpointing))
+        self.trained_names = [clean(n) for n, p in self.model.named_parameters() if p.requires_grad]
+        if not self.trained_names:
+            raise ValueError("nothing would be trained: the targets match, but every one has r = 0; give at least one layer a rank")
+        self.split = self._cut() if world.parallel.pp > 1 else None
         if config.train.activation_checkpointing:
-            models.recompute(self.model)
+            models.recompute(self.model, clock_of(self.model) if self.split else None)
         if config.train.compile:
             for _, block in models.blocks_of(self.model):
                 block.compile(backend=config.train.compile_backend)
         if world.mesh is not None:
             models.apply_data_parallel(self.model, world.mesh, world.parallel, self.choice.params)
-        self.groups = {"data": world.dp_group(), "both": world.group_over(*MESH_AXES)}
+        self.groups = {"data": world.dp_group(), "both": world.group_over(*GRADIENT_AXES, "tp")}
         return mapper
 
     def _collect(self) -> None:
         """What a step needs to know of the model."""
         self.params = {clean(n): p for n, p in sorted(self.model.named_parameters(), key=lambda x: clean(x[0])) if p.requires_grad}
-        if not self.params:
-            raise ValueError("nothing would be trained: the targets match, but every one has r = 0; give at least one layer a rank")
         # Found by where they lie, and not by what was chosen: what FSDP2 does not manage, nobody else would add.
         whole = [] if self.groups["data"] is None else [p for p in self.params.values() if not is_over_data(p)]
         self.sum = ReplicatedSum(adapted_layers(self.model), in_parts=self._thawed_parts(), over_data=whole, **self.groups)
         self.cuts_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.fsdp = list(models.fsdp_modules(self.model))
         self.clocks = {id(c): c for la in adapted_layers(self.model) if (c := la.dropout.clock) is not None}.values()
+
+    def _microbatches(self) -> tuple[int, int]:
+        """(microbatches of a step on each rank, rows of the global batch in one on every rank)."""
+        unit = self.config.data.micro_batch_size * self.world.dp_size
+        return self.config.data.batch_size // unit, unit
+
+    def _cut(self) -> Split:
+        """Puts aside what other pipeline stages hold."""
+        parallel = self.world.parallel
+        split = Split(self.model, parallel.stages, stages_here(parallel, self.world.pp_rank))
+        self.census["bytes_here"] = census(self.model, parallel.dp_shard, self.choice)["bytes_here"]
+        return split
+
+    def _connect(self, split: Split) -> None:
+        """After memory and starts: factors that all stages share begin alike, also where no layer uses them; the stages meet."""
+        assert self.world.mesh is not None
+        used = {id(f) for la in adapted_layers(self.model) for f in la.shared.values()}
+        for factor in split.shared():
+            if id(factor) not in used:
+                factor.reset_parameters()
+        self.pipeline = Pipeline(
+            split, self.world.parallel, self.world.mesh, self.world.device, begin=self._begin, score=self.loss, around=self._autocast
+        )
+        self.method.across(self.model, self.pipeline.group)
 
     def _survey(self) -> None:
         """Runs the bare model over a few steps of the trainer's own data, for starts that follow from it; then lets it go.
@@ -193,6 +227,11 @@ class Trainer:
         config, world = self.config, self.world
         began = time.monotonic()
         torch.manual_seed(config.train.seed)
+        if world.parallel.pp > 1:
+            raise ValueError(
+                "peft: a start from data (eva, corda) looks at the whole model at once, which no rank of a pipeline holds; begin with "
+                "parallel.pp=1 and save a checkpoint, which resumes with any pp, or choose another init_lora_weights"
+            )
         base = models.open_model(config.model, self.dtype)
         module = base.module.requires_grad_(False)
         if world.parallel.tp > 1:
@@ -239,8 +278,8 @@ class Trainer:
     def _thawed_parts(self) -> list[tuple[nn.Module, str, Any]]:
         if self.world.parallel.tp == 1 or self.world.mesh is None:
             return []
-        mesh = self.world.mesh["tp"]
-        return [(m, leaf, mesh) for m, leaf in self.base.in_parts if m.get_parameter(leaf).requires_grad]
+        mesh, here = self.world.mesh["tp"], set(self.model.modules())
+        return [(m, leaf, mesh) for m, leaf in self.base.in_parts if m in here and m.get_parameter(leaf).requires_grad]
 
     # -- the run ---------------------------------------------------------------------------------------------------------------
 
@@ -257,10 +296,10 @@ class Trainer:
         loop = self.config.train
         self._resume()
         if self.config.data.packing:  # not before: a resume completes the starts that move the base
-            check_packing(self.model, vocab_size=len(self.tokenizer), device=self.world.device)
+            self._check_packing()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._told_to_stop)
-        check_replicas(self.params, "at the start")
+        check_replicas(self.params, "at the start", self.world.device)
         before = self.evaluate() if self.held_out else {}
         if before:
             self.tracker.evaluation(self.step, before)
@@ -274,7 +313,7 @@ class Trainer:
                 coverage.check(COVERED_AFTER, self.world.device)
                 coverage = None
             if self.step % loop.check_every == 0:
-                check_replicas(self.params, f"at step {self.step}")
+                check_replicas(self.params, f"at step {self.step}", self.world.device)
             last = self.step == loop.steps
             improved = False
             if self.held_out and (last or (loop.eval_every and self.step % loop.eval_every == 0)):
@@ -312,22 +351,14 @@ class Trainer:
         self._stop = told > 0  # every rank learns of a signal in the same step
         rate = learning_rate(config.optim, self.step, config.train.steps)
         set_learning_rate(self.optimiser, rate)
-        total = torch.zeros((), **_wide(device))
-        for i, batch in enumerate(micro):
-            for m in self.fsdp:
-                m.set_requires_gradient_sync(i == len(micro) - 1, recurse=False)
-            torch.manual_seed(key_of(config.train.seed, "ambient", self.step, batch.index))  # dropout of the base itself
-            for clock in self.clocks:
-                clock.set(self.step, batch.index)
-            loss, _, _ = self.loss(batch)
-            loss = loss / targets
-            total += loss.detach()
-            loss.backward()
+        total = self._forward_backward(micro, targets) if self.split is None else self.pipeline.train(micro, targets)
         self.sum.reduce()
+        if self.split is not None:
+            self.pipeline.sum_shared()
         extra = self.method.add_extra_loss(self.model)
         if coverage:
             coverage.observe()
-        norm = clip_(self.params.values(), config.optim.clip)
+        norm = self._clip()
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"step {self.step + 1}: the gradient norm is {norm}; nothing was changed by this step. Lower optim.lr, use "
@@ -338,7 +369,7 @@ class Trainer:
         self.consumed += config.data.batch_size
         self.method.after_step(self.model, self.step)
         self.optimiser.zero_grad(set_to_none=True)
-        loss_value = self.world.sum_over_dp(total).item()
+        loss_value = self.world.sum_over_dp(total, alike=("tp",)).item()
         seconds = time.monotonic() - began
         return {
             "loss": loss_value,
@@ -352,8 +383,51 @@ class Trainer:
             **({} if extra is None else {"extra_loss": float(extra)}),
         }
 
-    def loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """(sum of the losses of target tokens, number of rows answered exactly, number of rows with a target)."""
+    def _forward_backward(self, micro: list[MicroBatch], targets: float) -> Tensor:
+        """Gradients of a step's microbatches, one after another; the sum of their losses / targets."""
+        total = torch.zeros((), **_wide(self.world.device))
+        for i, batch in enumerate(micro):
+            for m in self.fsdp:
+                m.set_requires_gradient_sync(i == len(micro) - 1, recurse=False)
+            self._begin(batch)
+            loss, _, _ = self.loss(batch)
+            loss = loss / targets
+            total += loss.detach()
+            loss.backward()
+        return total
+
+    def _begin(self, batch: MicroBatch, stage: int = 0) -> None:
+        """Before a forward: the time of the masks, and the seed of the base's own dropout, which alone is another on each stage."""
+        torch.manual_seed(key_of(self.config.train.seed, "ambient", self.step, batch.index, *([stage] if stage else [])))
+        for clock in self.clocks:
+            clock.set(self.step, batch.index)
+
+    def _clip(self) -> float:
+        if self.split is None:
+            return clip_(self.params.values(), self.config.optim.clip)
+        return clip_(self.params.values(), self.config.optim.clip, counted=self.pipeline.counted, total=self.pipeline.total)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, self.dtype, enabled=self.autocast)
+
+    def _check_packing(self) -> None:
+        """Each stage by itself, where there are stages: what none of them mixes, the model does not."""
+        seen: list[Any] = [self.model] if self.split is None else [Alone(self.pipeline, s) for s in self.split.here]
+
+        def look() -> None:
+            for model in seen:
+                check_packing(model, vocab_size=len(self.tokenizer), device=self.world.device)
+
+        try:
+            look() if self.split is None else together("looking whether packed documents stay apart", look)
+        except RanksFailed as error:
+            raise ValueError(f"{type(self.model).__name__}, stage by stage: {error}") from error
+
+    def loss(self, batch: MicroBatch, forward: Callable[..., Any] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(sum of the losses of target tokens, number of rows answered exactly, number of rows with a target).
+
+        `forward`: what makes logits of the inputs; the model, if not a stage of it.
+        """
         inputs, targets = batch.inputs(), shift_labels(batch.labels)
         sequence = self.world.parallel.sequence_parallel
         if sequence and (short := -batch.input_ids.shape[1] % self.world.parallel.tp):
@@ -363,8 +437,8 @@ class Trainer:
             keep = (targets != IGNORE).any(0).nonzero().squeeze(1)
             if 0 < len(keep) < targets.shape[1]:
                 inputs, targets = {**inputs, "logits_to_keep": keep}, targets[:, keep]
-        with torch.autocast(self.world.device.type, self.dtype, enabled=self.autocast):
-            output = self.model(**models.accepted(self.model, inputs))
+        with self._autocast():
+            output = (forward or self.model)(**models.accepted(self.model, inputs))
         logits: Tensor = output.logits if hasattr(output, "logits") else output
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -395,17 +469,19 @@ class Trainer:
         sums = torch.zeros(4, **_wide(device))
         data = self.config.data
         longest = max(len(e.input_ids) for e in self.held_out)
-        for batch in sweep(
+        batches = sweep(
             self.held_out,
             micro_batch_size=max(1, data.micro_batch_size * data.seq_len // longest),  # the tokens that training has room for
             seq_len=data.seq_len,
             pad_id=self.pad_id,
             dp_rank=self.world.dp_rank,
             dp_size=self.world.dp_size,
-        ):
-            loss, right, asked = self.loss(batch.to(device))
+        )
+        moved = (batch.to(device) for batch in batches)
+        scores = map(self.loss, moved) if self.split is None else self.pipeline.evaluate(list(moved))
+        for batch, (loss, right, asked) in zip(batches, scores):  # on the last stage alone, where there are stages
             sums += torch.stack([loss, torch.tensor(batch.target_tokens, device=device), right, asked]).to(sums)
-        loss, tokens, right, asked = self.world.sum_over_dp(sums).tolist()
+        loss, tokens, right, asked = self.world.sum_over_dp(sums, alike=("tp",)).tolist()
         mean = loss / tokens
         return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "exact_match": right / asked}
 
@@ -447,7 +523,7 @@ class Trainer:
             self.checkpoints.wait()
         except CheckpointFailed as error:
             self.tracker.say(f"WARNING: {error}")
-        check_replicas(self.params, f"at the save of step {self.step}")
+        check_replicas(self.params, f"at the save of step {self.step}", self.world.device)
         document = {"consumed": self.consumed, "best": self.best, "identity": self._identity(), "optim": self._optim()}
         document["method"] = self.method.findings()
         if document["best"] == math.inf:
@@ -490,8 +566,9 @@ class Trainer:
     def _adapter_writer(self) -> Callable[[Path], None]:
         """Copies the adapter, and gives what writes it: PEFT's directory where PEFT has the method, else our own; either is read back
         and compared with the copy before it counts."""
-        if holds_all(self.model):
-            return adapter_writer(self.model, base=self.config.model.path)
+        if self.held:
+            with contextlib.nullcontext() if self.split is None else self.split.whole():
+                return adapter_writer(self.model, base=self.config.model.path)
         return trained_writer(self.method.compact(self.model, dict(self.params)), self.config.peft)
 
     def _export(self) -> None:

@@ -1,6 +1,8 @@
 """Processes and their mesh: one process without torchrun, or what torchrun says, on any device type."""
 
+import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from d9d_lora.train.config import ParallelConfig
 
-MESH_AXES = ("dp_replicate", "dp_shard", "tp")
+MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # the outermost first; `ep` is no axis: it divides dp_shard
+GRADIENT_AXES = ("dp_replicate", "dp_shard", "cp")  # along which ranks have other tokens, and gradients are summed
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,20 @@ class World:
 
     @property
     def dp_size(self) -> int:
+        """Parts of a batch: the ranks of pp, cp and tp are given the same rows."""
         return self.parallel.dp_replicate * self.parallel.dp_shard
 
     @property
     def dp_rank(self) -> int:
-        return self.rank // self.parallel.tp  # tp is the innermost axis of the mesh
+        return self.rank // (self.parallel.cp * self.parallel.tp) % self.dp_size
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // (self.parallel.cp * self.parallel.tp * self.dp_size)
 
     def dp_group(self) -> dist.ProcessGroup | None:
-        """The ranks that see different data and share this rank's place in the tensor-parallel mesh; None if there are none."""
-        return self.group_over("dp_replicate", "dp_shard")
+        """The ranks that see other tokens and share this rank's place in pipeline and tensor parallelism; None if there are none."""
+        return self.group_over(*GRADIENT_AXES)
 
     def group_over(self, *axes: str) -> dist.ProcessGroup | None:
         """The ranks that differ from this one along these axes of the mesh, and no other; None if it is alone. Collective at first."""
@@ -49,14 +57,15 @@ class World:
         mesh = self.mesh[names]
         return dist.group.WORLD if mesh.size() == self.size else mesh._flatten("_".join(names)).get_group()
 
-    def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
-        """Adds a small tensor over the ranks that see different data, in place: one collective, over all ranks.
+    def sum_over_dp(self, values: torch.Tensor, *, alike: Collection[str] = ("pp", "cp", "tp")) -> torch.Tensor:
+        """Adds a small tensor over the ranks of the mesh, in place, with one collective over all of them.
 
-        Tensor-parallel ranks hold equal values, so the sum over everybody is theirs too, `tp` times.
+        `alike`: the axes along which all ranks hold the same values, which are to count once: rows are the same along pp, cp and tp. A
+        loss is the same along tp only: one stage of a pipeline has it, and each cp rank that of its own tokens.
         """
         if self.mesh is not None:
             dist.all_reduce(values)
-            values /= self.parallel.tp
+            values /= math.prod(getattr(self.parallel, axis) for axis in alike)
         return values
 
 
@@ -76,7 +85,7 @@ def device_of(name: str) -> torch.device:
 
 
 def join(device: torch.device, parallel: ParallelConfig, timeout_s: int) -> World:
-    """Joins the process group that torchrun announced, if any, and makes the mesh (dp_replicate, dp_shard, tp)."""
+    """Joins the process group that torchrun announced, if any, and makes the mesh of `MESH_AXES`."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     parallel = parallel.resolved(size)
     if device.type != "cpu":
@@ -87,7 +96,7 @@ def join(device: torch.device, parallel: ParallelConfig, timeout_s: int) -> Worl
         # Objects (errors, documents) and CPU tensors travel over gloo beside the accelerator's own backend.
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    mesh = init_device_mesh(device.type, (parallel.dp_replicate, parallel.dp_shard, parallel.tp), mesh_dim_names=MESH_AXES)
+    mesh = init_device_mesh(device.type, parallel.shape(MESH_AXES), mesh_dim_names=MESH_AXES)
     return World(dist.get_rank(), size, device, parallel, mesh)
 
 

@@ -18,6 +18,7 @@ from d9d_lora.layers import AdaptedConv1D, AdaptedLayer, AdaptedLinear
 from d9d_lora.layers.conv import AdaptedConv
 from d9d_lora.methods.adalora import AdaLoRA, AdaLoRAConfig, AdaLoRADelta, AdaLoRAParameters
 from d9d_lora.placement import full_of
+from d9d_lora.state.atomic import gather
 from d9d_lora.state.names import PEFT_PREFIX
 from d9d_lora.state.peft_config import AdapterError, layer_names, plain, targets_of
 from d9d_lora.state.peft_kinds.dialect import Dialect, Entry, Reading
@@ -72,7 +73,9 @@ class AdaLoRADialect(Dialect):
         return None
 
     def facts(self, layers: Sequence[AdaptedLayer]) -> dict[str, list[bool]]:
-        masks = {layer.name: (full_of(layer.factor("lora_E").detach())[:, 0] != 0).tolist() for layer in layers}
+        here = [layer for layer in layers if not layer.factor("lora_E").is_meta]
+        found = {layer.name: (full_of(layer.factor("lora_E").detach())[:, 0] != 0).tolist() for layer in here}
+        masks = {name: mask for part in gather(found) for name, mask in part.items()}  # of all pipeline stages
         return masks if any(map(any, masks.values())) and not all(map(all, masks.values())) else {}
 
     def describe(self, model: nn.Module, layers: Sequence[AdaptedLayer], facts: dict[str, list[bool]]) -> dict[str, Any]:
