@@ -7,6 +7,8 @@ a function of (layer name, clock, its row, its column). Each rank computes it fo
     clock = the number of training forwards of the injected model, and the replica   (a plain loop)
           = the number of the microbatch in the whole run                            (our trainer: the same on every layout)
 
+Where ranks hold different tokens of the same rows (context parallelism, `tokens.py`), each has those rows of one mask.
+
 In a plain loop the module that was injected must be the one that is called: its forward moves the clock. And under activation
 checkpointing each forward must be followed by its backward, for a recomputed block reads the clock as it stands.
 """
@@ -24,6 +26,30 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
 from d9d_lora.placement import key_of
+from d9d_lora.tokens import share_of
+
+
+class Share(NamedTuple):
+    """Which tokens of its rows a context-parallel rank has: `share_of(rows, part, parts)` of `batch` rows, each with `more` tokens of
+    padding at its end that one process has not."""
+
+    parts: int = 1
+    part: int = 0
+    batch: int = 1
+    more: int = 0
+
+    def rows_of(self, n: int) -> int:
+        """Rows of the whole mask, where this rank has n."""
+        return n * self.parts - self.batch * self.more
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This rank's of all rows [batch N, ...]."""
+        if self.parts == 1:
+            return whole
+        rows = whole.unflatten(0, (self.batch, -1))
+        if self.more:
+            rows = torch.cat([rows, rows.new_zeros(self.batch, self.more, *rows.shape[2:])], 1)
+        return share_of(rows, self.part, self.parts).flatten(0, 1)
 
 
 class Clock:
@@ -31,11 +57,15 @@ class Clock:
 
     Attributes:
         mesh: The tensor-parallel mesh of the model, if any: its ranks share every mask, those of layers outside the plan too.
+        context: The context-parallel mesh, if any: its ranks have parts of one mask.
+        share: Which part, in the forward that comes.
     """
 
     def __init__(self, seed: int = 0, mesh: DeviceMesh | None = None) -> None:
         self.seed = seed
         self.mesh = mesh
+        self.context: DeviceMesh | None = None
+        self.share = Share()
         self.now = torch.zeros((), dtype=torch.int64, device="cpu")  # also under `torch.device("meta")`: there masks would be garbage
         self._forwards = 0
         self._driven = False
@@ -76,20 +106,28 @@ class Clock:
             self.now.fill_(key_of(self.seed, "forward", self._forwards, self._replica()))
 
     def _replica(self) -> int:
-        """A number that tensor-parallel ranks share and data-parallel ranks do not."""
-        if self.mesh is not None:
-            return min(dist.get_process_group_ranks(self.mesh.get_group()))
-        return dist.get_rank() if dist.is_initialized() else 0
+        """A number that tensor-parallel and context-parallel ranks share and data-parallel ranks do not."""
+        if not dist.is_initialized():
+            return 0
+        rank = dist.get_rank()
+        meshes = [mesh for mesh in (self.mesh, self.context) if mesh is not None]
+        firsts = [min(dist.get_process_group_ranks(mesh.get_group())) for mesh in meshes]
+        return rank - sum(rank - first for first in firsts)  # ranks lie in a box: the first along both
 
 
 class Mask(NamedTuple):
-    """What says which elements of x[..., width] are kept: columns `start` and on of a mask of `size` columns."""
+    """What says which elements of x[..., width] are kept: columns `start` and on of a mask of `size` columns, and of its rows those
+    of a `Share`, spelled out since an operator takes numbers."""
 
     now: Tensor
     key: int
     p: float
     size: int
     start: int
+    parts: int = 1
+    part: int = 0
+    batch: int = 1
+    more: int = 0
 
     def keep(self, *xs: Tensor) -> list[Tensor]:
         """Copies of tensors of one shape in which what is dropped is zero; not scaled by 1 / (1 - p)."""
@@ -159,7 +197,7 @@ class AdapterDropout(nn.Module):
         assert self.clock is not None
         size, start = self.window or (x.shape[-1], 0)
         now, key = self._time_and_key(self.clock)
-        return Mask(now, key, self.p, size, start)
+        return Mask(now, key, self.p, size, start, *self.clock.share)
 
     def _time_and_key(self, clock: Clock) -> tuple[Tensor, int]:
         """[Note: one graph for all layers] A compiled graph takes a number of a module for a constant, and a tensor for an input. With a
@@ -204,19 +242,30 @@ def _(now: Tensor, key: Tensor, what: str, p: float, size: int, device: torch.de
 
 
 def _keep(
-    xs: Sequence[Tensor], now: Tensor, key: int, p: float, size: int, start: int, among: Among | None = None
+    xs: Sequence[Tensor],
+    now: Tensor,
+    key: int,
+    p: float,
+    size: int,
+    start: int,
+    parts: int,
+    part: int,
+    batch: int,
+    more: int,
+    among: Among | None = None,
 ) -> list[Tensor]:
     generator = _generator(now, key, xs[0].device)
-    return (_hashed if xs[0].device.type == "cpu" else _drawn)(xs, generator, p, size, start, among)
+    return (_hashed if xs[0].device.type == "cpu" else _drawn)(xs, generator, p, size, start, Share(parts, part, batch, more), among)
 
 
 def _drawn(
-    xs: Sequence[Tensor], generator: torch.Generator, p: float, size: int, start: int, among: Among | None
+    xs: Sequence[Tensor], generator: torch.Generator, p: float, size: int, start: int, share: Share, among: Among | None
 ) -> list[Tensor]:
     """On an accelerator: one kernel draws the whole width of all rows, another one cuts and applies it."""
     shape, width = xs[0].shape, xs[0].shape[-1]
     rows = xs[0].numel() // max(width, 1) if among is None else among.rows
-    drawn = torch.empty((rows, size), dtype=torch.bool, device=xs[0].device).bernoulli_(1 - p, generator=generator)
+    drawn = torch.empty((share.rows_of(rows), size), dtype=torch.bool, device=xs[0].device).bernoulli_(1 - p, generator=generator)
+    drawn = share.cut(drawn)
     kept = (drawn if among is None else among.cut(drawn))[:, start : start + width].reshape(shape)
     return [torch.where(kept, x, 0).contiguous() for x in xs]
 
@@ -233,7 +282,7 @@ _BLOCK = 1 << 20  # elements at a time, so that the words stay in the cache
 
 
 def _hashed(
-    xs: Sequence[Tensor], generator: torch.Generator, p: float, size: int, start: int, among: Among | None
+    xs: Sequence[Tensor], generator: torch.Generator, p: float, size: int, start: int, share: Share, among: Among | None
 ) -> list[Tensor]:
     kept = [x.clone(memory_format=torch.contiguous_format) for x in xs]
     if not kept[0].numel():
@@ -241,8 +290,9 @@ def _hashed(
     width, lanes = kept[0].shape[-1], -(-size // _LANES)
     bits = [x.view(-1, width).view(_INTEGERS[x.element_size()]) for x in kept]
     n = bits[0].shape[0]
-    drawn = torch.empty(lanes + (n if among is None else among.rows), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    columns, rows = drawn[start // _LANES : -(-(start + width) // _LANES)], drawn[lanes:, None]
+    many = share.rows_of(n if among is None else among.rows)
+    drawn = torch.empty(lanes + many, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    columns, rows = drawn[start // _LANES : -(-(start + width) // _LANES)], share.cut(drawn[lanes:, None])
     rows = rows if among is None else among.cut(rows)
     bound = min(max(round((1 - p) * 2**16), 1), 2**16 - 1) - 2**15
     block = max(1, _BLOCK // width)
@@ -258,12 +308,16 @@ def _hashed(
 
 
 @torch.library.custom_op("d9d_lora::keep", mutates_args=())
-def _keep_op(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
-    return _keep([x], now, key, p, size, start)[0]
+def _keep_op(
+    x: Tensor, now: Tensor, key: int, p: float, size: int, start: int, parts: int = 1, part: int = 0, batch: int = 1, more: int = 0
+) -> Tensor:
+    return _keep([x], now, key, p, size, start, parts, part, batch, more)[0]
 
 
 @_keep_op.register_fake
-def _(x: Tensor, now: Tensor, key: int, p: float, size: int, start: int) -> Tensor:
+def _(
+    x: Tensor, now: Tensor, key: int, p: float, size: int, start: int, parts: int = 1, part: int = 0, batch: int = 1, more: int = 0
+) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -275,7 +329,7 @@ def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     (now,) = ctx.saved_tensors
-    return _keep_op(grad, now, *ctx.rest), None, None, None, None, None
+    return _keep_op(grad, now, *ctx.rest), *(None,) * 9
 
 
 _keep_op.register_autograd(_backward, setup_context=_remember)
