@@ -32,6 +32,7 @@ from d9d_lora.named import (
     unmerge_adapters,
 )
 from d9d_lora.registry import peft_method_from_config
+from d9d_lora.share_experts import fully_shard_experts, share_experts
 from d9d_lora.state.mappers import (
     ModelStateMapper,
     ModelStateMapperParallel,
@@ -67,6 +68,7 @@ __all__ = [
     "add_weighted_adapter",
     "delete_adapter",
     "disable_adapters",
+    "fully_shard_experts",
     "inject_peft_and_freeze",
     "load_adapter",
     "merge_adapters",
@@ -76,6 +78,7 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "set_adapter",
+    "share_experts",
     "total_parameter_count",
     "trainable_parameter_count",
     "unmerge_adapters",

@@ -141,6 +141,16 @@ class Mask(NamedTuple):
             return [x.clone(memory_format=torch.contiguous_format) for x in xs]  # they have no numbers
         return _keep(xs, *self, among)
 
+    def keep_from(self, origins: Sequence["Origin"], *xs: Tensor) -> list[Tensor]:
+        """`keep` for rows that came from several ranks, each by the mask of its own rank; without origins they are this rank's."""
+        if not origins:
+            return self.keep(*xs)
+        kept = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+        for now, among, here in origins:
+            for whole, some in zip(kept, self._replace(now=now).keep_among(among, *(x[here] for x in xs))):
+                whole[here] = some
+        return kept
+
 
 class Among(NamedTuple):
     """Which rows of a whole x[*shape, width]: `length` of them along `dim`, from `first` on."""
@@ -157,6 +167,20 @@ class Among(NamedTuple):
     def cut(self, whole: Tensor) -> Tensor:
         """Those rows of [rows, ...]."""
         return whole.unflatten(0, self.shape).narrow(self.dim, self.first, self.length).flatten(0, len(self.shape) - 1)
+
+
+class Origin(NamedTuple):
+    """Where some rows of a tensor come from: another rank's rows.
+
+    Attributes:
+        now: The time there.
+        among: Which of its rows they are.
+        here: Where they are in the tensor, in the order they have there.
+    """
+
+    now: Tensor
+    among: Among
+    here: Tensor
 
 
 class AdapterDropout(nn.Module):

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from d9d_lora.dropout import Clock
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.layers.among import DEFAULT
+from d9d_lora.layers.experts import is_shared_out
 from d9d_lora.layers.parameter import SUFFIX
 from d9d_lora.layers.tied import TiedHead
 from d9d_lora.method import InjectionError
@@ -64,8 +65,9 @@ def clock_of(module: nn.Module) -> Clock | None:
 
 def tensor_parallel_mesh(module: nn.Module) -> DeviceMesh | None:
     """The mesh of the model's tensor-parallel layers, which layers outside the plan do not know of themselves."""
-    found = (p.device_mesh for p in module.parameters() if isinstance(p, DTensor) and p.device_mesh.ndim == 1)
-    return next(found, None)
+    shared_out = {id(p) for m in module.modules() if is_shared_out(m) for p in m.parameters()}  # over ranks of different data
+    placed = (p for p in module.parameters() if isinstance(p, DTensor) and p.device_mesh.ndim == 1)
+    return next((p.device_mesh for p in placed if id(p) not in shared_out), None)
 
 
 def refuse_sharded(module: nn.Module) -> None:

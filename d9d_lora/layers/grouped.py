@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from d9d_lora.dropout import AdapterDropout
 from d9d_lora.layers.among import Work
 from d9d_lora.layers.base import HOOKS, refuses_weight
 from d9d_lora.layers.grouped_mm import Groups, grouped_mm, thin_mm
@@ -96,8 +97,14 @@ class AdaptedProduct(Stacked):
         """drop(x) dW^T for rows sorted by expert."""
         rows: Sorted = x
         B, A = self.delta.factors(f)
-        dropped = rows.x if f.dropout is None else f.dropout(rows.x)
+        dropped = rows.x if f.dropout is None else self._dropped(rows, f.dropout)
         return thin_mm(dropped, rows.groups, A.mT, B.mT, self.delta.scaling)
+
+    def _dropped(self, rows: Sorted, dropout: AdapterDropout) -> Tensor:
+        if not rows.groups.origins or not dropout.p:
+            return dropout(rows.x)  # type: ignore[no-any-return]
+        (kept,) = dropout.mask(rows.x).keep_from(rows.groups.origins, torch.full_like(rows.x, 1 / (1 - dropout.p)))
+        return rows.x * kept
 
     def times_gain(self, y: Tensor, h: Sorted) -> Tensor:
         gain = self.gain(self.parts(y.dtype, parts=False))

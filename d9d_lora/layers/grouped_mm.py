@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.functional import pad
 
-from d9d_lora.dropout import Mask
+from d9d_lora.dropout import Mask, Origin
 
 _OPERATOR: Any = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,10 +39,12 @@ class Groups:
     Attributes:
         ends: [E], int32, where the rows are: the number of rows before the end of each expert's.
         tail: Whether there may be rows past the last end.
+        origins: Of rows that came from several ranks, where each is from: dropout masks are those of its own rank.
     """
 
     ends: Tensor
     tail: bool = True
+    origins: Sequence[Origin] = ()
 
     @classmethod
     def of(cls, x_groups: Any, x: Tensor, experts: int, site: str) -> "Groups":
@@ -125,7 +127,7 @@ class _Grouped(torch.autograd.Function):
             rows = x
             if drop is not None:
                 now = now.clone()  # the clock runs on before the backward
-                (rows,) = Mask(now, *drop).keep(x)
+                (rows,) = Mask(now, *drop).keep_from(groups.origins, x)
                 scaling = scaling / (1 - drop[1])
             z = rows_by(rows, A, groups)
             y.add_(rows_by(z, B, groups), alpha=scaling)
@@ -147,7 +149,7 @@ class _Grouped(torch.autograd.Function):
             u = rows_by(dy, B.mT, groups)
             h = None if dx is None else rows_by(u, A.mT, groups)
             if ctx.drop is not None:
-                kept = Mask(now, *ctx.drop).keep(*([x] if h is None else [x, h]))
+                kept = Mask(now, *ctx.drop).keep_from(groups.origins, *([x] if h is None else [x, h]))
                 x, h = kept[0], kept[-1]
             if for_B:
                 dB = over_rows(z, dy, groups).mul_(scaling)
