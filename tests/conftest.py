@@ -18,10 +18,14 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def proof():
-    """Called by a test of a format with what it has compared with a real program: `Formats.proof`."""
-    return FORMATS.proof
+@pytest.fixture
+def proof(request):
+    """Called by a test of a format with what it has compared with a real program: arguments of `Formats.proof`."""
+
+    def note(*args, difference, **kwargs):
+        request.node.user_properties.append(("proof", [args, kwargs | {"difference": float(difference)}]))
+
+    return note
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +39,18 @@ def pool():
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     if report.when == "call" and hasattr(item, "callspec") and item.path.name == "test_laws.py":
-        MATRIX.observe(item.originalname, item.callspec.params, report.passed, dict(report.user_properties))
+        report.user_properties.append(("cell", [item.originalname, {k: v for k, v in item.callspec.params.items() if isinstance(v, str)}]))
+
+
+def pytest_runtest_logreport(report):
+    """Where the pages are written: with several processes of tests, their reports come together in the first one."""
+    if report.when != "call":
+        return
+    properties = dict(report.user_properties)
+    if "cell" in properties:
+        MATRIX.observe(*properties["cell"], report.passed, properties)
+    for args, kwargs in (value for name, value in report.user_properties if name == "proof"):
+        FORMATS.proof(*args, **kwargs)
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):

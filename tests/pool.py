@@ -1,4 +1,4 @@
-"""One pool of worker processes for the whole test run: starting Python and importing torch is what makes such suites slow.
+"""One pool of worker processes for the whole run of a process of tests: starting Python and importing torch is what makes such suites slow.
 
 `pool.run(world, fn, *args)` runs `fn(rank, *args)` on `world` gloo ranks and returns what each rank returned, in the
 order of ranks. `fn` is a module-level function; arguments and results travel by pickle. A rank that raises, dies or
