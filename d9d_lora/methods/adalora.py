@@ -251,7 +251,8 @@ class AdaLoRA(AdapterMethod[AdaLoRAConfig]):
         if self._stages is None:
             return torch.cat(values)
         device = next(module.parameters()).device
-        return gather_flat(torch.cat([torch.zeros(0), *values]).to(device, torch.float64), self._stages)
+        here = [v.to(device, torch.float64) for v in values] or [torch.zeros(0, device=device, dtype=torch.float64)]
+        return gather_flat(torch.cat(here), self._stages)
 
     # -- the budget ----------------------------------------------------------------------------------------------------------
 
