@@ -22,10 +22,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from d9d_lora.boxes import index_of
 from d9d_lora.layers import AdaptedLayer, kind_of
 from d9d_lora.methods.lora import LoRADelta
 from d9d_lora.named import attach, check_known, check_name, hosts
-from d9d_lora.placement import box_of, key_of, local_of
+from d9d_lora.placement import key_of, local_of
 from d9d_lora.walk import clock_of, refuse_sharded
 
 Combination = Literal[
@@ -123,7 +124,7 @@ def _layer(model: nn.Module, host: AdaptedLayer, B: Tensor, A: Tensor) -> Adapte
     layer = kind(host.base, LoRADelta(A.shape[0], A.shape[0]), name=host.name, seed=0, clock=clock_of(model))
     for p, value in ((layer.factor("lora_A"), A), (layer.factor("lora_B"), B)):
         p.requires_grad_(False)
-        local_of(p).copy_(value[box_of(p)])
+        local_of(p).copy_(value[index_of(p)])
     return layer
 
 

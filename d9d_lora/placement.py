@@ -35,17 +35,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from d9d_lora.boxes import box_of as box_of
+from d9d_lora.boxes import cut, index_of, shard
 
 
 @dataclass(frozen=True)
 class Placing:
-    """Where a layer's weight lies: the tensor-parallel mesh, and the letter of the axis which that mesh shards."""
+    """Where a layer's weight lies: the tensor-parallel mesh, and the letter of the axis which that mesh shards.
+
+    Attributes:
+        blocks: How many blocks of equal size that axis consists of, of each of which every rank has its part. [Note: blocks] in `boxes.py`
+    """
 
     mesh: DeviceMesh | None = None
     letter: str | None = None
+    blocks: int = 1
 
     @classmethod
     def of(cls, weight: Tensor, axes: str, site: str) -> "Placing":
@@ -60,24 +68,26 @@ class Placing:
         (placement,) = weight.placements
         if placement.is_replicate():
             return cls(weight.device_mesh, None)
-        if not isinstance(placement, Shard):
+        if not isinstance(placement, Shard | _StridedShard):
             raise ValueError(f"{site}: its weight is {placement}; expected Shard or Replicate.")
-        return cls(weight.device_mesh, axes[placement.dim])
+        return cls(weight.device_mesh, axes[placement.dim], getattr(placement, "split_factor", 1))
 
     def of_factor(self, axes: str) -> Placement:
         """The placement of a factor whose dimensions are `axes`: sharded along the base's letter if it has it."""
-        return Shard(axes.index(self.letter)) if self.letter and self.letter in axes else Replicate()
+        return shard(axes.index(self.letter), self.blocks) if self.letter and self.letter in axes else Replicate()
 
     def distribute(self, factor: Tensor, axes: str) -> Tensor:
         """Gives each rank its part of a factor; no communication, so its values must come from `fill_`."""
         if self.mesh is None:
             return factor
-        return distribute_tensor(factor, self.mesh, [self.of_factor(axes)], src_data_rank=None)
+        return cut(factor, self.mesh, self.of_factor(axes))
 
     def span(self, size: int, letter: str) -> tuple[int, int]:
         """(start, length) of this rank's part of an axis of `size` named `letter`."""
         if self.mesh is None or letter != self.letter:
             return 0, size
+        if self.blocks > 1:
+            raise RuntimeError(f"axis {letter} is sharded in {self.blocks} blocks, and a rank's part of it is no one span: ask `index_of`")
         chunk = -(-size // self.mesh.size())  # as torch.chunk cuts; torch's own helper makes a tensor of it, at every forward
         start = min(size, chunk * self.mesh.get_local_rank())
         return start, min(chunk, size - start)
@@ -137,17 +147,6 @@ class Placing:
     def __str__(self) -> str:
         names = {None: "replicated", "O": "column", "I": "row"}
         return "local" if self.mesh is None else f"{names[self.letter]} / {self.mesh.size()}"
-
-
-def box_of(p: Tensor) -> tuple[slice, ...]:
-    """The box of the global tensor that this rank holds, one slice a dimension."""
-    if not isinstance(p, DTensor):
-        return tuple(slice(0, n) for n in p.shape)
-    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    held = p.to_local().shape
-    if tuple(shape) != tuple(held):
-        raise RuntimeError(f"this rank holds {tuple(held)} of {tuple(p.shape)}, but {p.placements} says {tuple(shape)}")
-    return tuple(slice(o, o + n) for o, n in zip(offset, shape))
 
 
 def place_like(
@@ -247,7 +246,7 @@ def fill_(p: Tensor, draw: Callable[[Tensor, torch.Generator], Any] | None, *, s
         return
     whole = torch.empty(p.shape, dtype=torch.float32)
     draw(whole, torch.Generator().manual_seed(key_of(seed, name)))
-    local_of(p).copy_(whole[box_of(p)])
+    local_of(p).copy_(whole[index_of(p)])
 
 
 # -- the sum of the replicated factors' gradients ---------------------------------------------------------------------------

@@ -160,4 +160,4 @@ def test_a_degree_that_does_not_divide_the_heads_is_refused():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=r"tp=4 does not divide num_key_value_heads=2.*\[1, 2\]"):
-        models.check_heads(model, 4)
+        models.check_heads(model, 4, model._tp_plan)

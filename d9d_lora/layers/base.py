@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from d9d_lora.boxes import index_of
 from d9d_lora.dropout import AdapterDropout, Clock
 from d9d_lora.layers.among import DEFAULT, Rows, Work, works
 from d9d_lora.layers.shared import SharedFactor
@@ -332,7 +333,7 @@ class AdaptedLayer(nn.Module):
         values = self.delta.start_from(self.thin(), self.whole_factors())
         for name, value in values.items():
             p = self.factor(name)
-            local_of(p).copy_(value.reshape(p.shape)[box_of(p)])
+            local_of(p).copy_(value.reshape(p.shape)[index_of(p)])
 
     @torch.no_grad()
     def move_base(self, origin: dict[str, Tensor] | None = None) -> None:
@@ -341,7 +342,7 @@ class AdaptedLayer(nn.Module):
             self.start_from_weight()
             origin = self.blank_origin()
             for name, kept in origin.items():
-                local_of(kept).copy_(at_least_fp32(full_of(self.factor(name).detach()))[box_of(kept)])
+                local_of(kept).copy_(at_least_fp32(full_of(self.factor(name).detach()))[index_of(kept)])
         self.origin, self._start = origin, None
         self.fold_(self.update_of({name: at_least_fp32(full_of(t)) for name, t in origin.items()}, sign=-1))
         self.started = True

@@ -72,12 +72,13 @@ class AdaptedProduct(Stacked):
 
     def adapted(self, h: Sorted, base: Callable[[], Tensor]) -> Tensor:
         """W_e x and all updates at work, then the gain; `base` multiplies by W alone."""
+        parts = self.in_parts()
         if self.fuses():
-            y = self.fused(h, self.parts(h.x.dtype, parts=False))
+            y = self.fused(h, self.parts(h.x.dtype, parts=parts))
         elif self.has_gain_at_work():
-            y = base() + self.update(h, self.parts(h.x.dtype, parts=False))
+            y = base() + self.update(h, self.parts(h.x.dtype, parts=parts))
         else:
-            return self.plus_updates(base(), h, h.x.dtype)  # type: ignore[arg-type]
+            return self.plus_updates(base(), h, h.x.dtype, parts=parts)  # type: ignore[arg-type]
         return self.times_gain(y, h) if self.delta.has_gain else y
 
     def fuses(self) -> bool:

@@ -1,7 +1,8 @@
 """What all layers have in common whose weight is a stack of matrices, one for each expert: W[E, O, I], or turned, W[E, I, O].
 
 As a matrix it is [E O, I], expert after expert. The factors have the letter E too (`methods/grouped.py`), so where experts are shared out
-over ranks (expert parallelism, Shard(0)) each rank has the factors of its own, and no gradient is only a part of a sum.
+over ranks (expert parallelism, Shard(0)) each rank has the factors of its own, and no gradient is only a part of a sum. Where all ranks
+have some rows or columns of every expert (tensor parallelism), the rule is that of linear layers (`placement.py`).
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d9d_lora.boxes import local_runs
 from d9d_lora.layers.base import AdaptedLayer, Fold
 from d9d_lora.methods.delta import Delta, DoesNotFit, Parts
 from d9d_lora.methods.grouped import GroupedDelta
@@ -28,6 +30,19 @@ class Stacked(AdaptedLayer):
             raise DoesNotFit(f"{name or type(base).__name__}: {error}") from error
         super().__init__(base, delta, name=name, **options)
 
+    def _settle(self) -> None:
+        low = self.delta.low
+        if self.placing.letter in ("O", "I") and (not low.thin or low.has_gain or low.from_the_weight or low.moves_base):
+            raise DoesNotFit(
+                f"{self.name}: tensor parallelism shares out the rows or columns of each expert here, and {low} on such parts is not "
+                "proven; take plain LoRA for the experts, or a layout without tensor parallelism (FSDP2)"
+            )
+        super()._settle()
+
+    def in_parts(self) -> bool:
+        """Whether what this rank computes of the gradient of a factor without the sharded letter is a part of a sum."""
+        return self.placing.letter in ("O", "I")
+
     # -- the weight ----------------------------------------------------------------------------------------------------------
 
     def rows_first(self, weight: Tensor) -> Tensor:
@@ -41,9 +56,9 @@ class Stacked(AdaptedLayer):
         return self.placing.span(self.delta.n, "E")
 
     def box_here(self) -> tuple[slice, slice]:
-        _, cols = super().box_here()
         start, n = self.experts_here()
-        return slice(start * self.delta.out, (start + n) * self.delta.out), cols
+        into, cols = self.placing.span(self.in_size, "I")
+        return slice(start * self.delta.out, (start + n) * self.delta.out), slice(into, into + cols)
 
     def thin(self) -> ThinStack:
         return ThinStack(self.base.weight, self.weight_axes)  # type: ignore[arg-type]
@@ -59,7 +74,10 @@ class Stacked(AdaptedLayer):
     def fold_(self, change: Fold) -> None:
         """One matrix at a time: this rank may hold some experts, some of their rows or some of their columns."""
         self.forget()
-        box, out = self.thin(), self.delta.out
-        local = self.rows_first(local_of(self.base.weight))  # type: ignore[arg-type]
-        for e, target in zip(range(box.experts.start, box.experts.stop), local):
-            target.copy_(change(target, slice(e * out + box.rows.start, e * out + box.rows.stop), box.cols))
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        experts, rows, (cols,) = (local_runs(weight)[self.weight_axes.index(letter)] for letter in "EOI")
+        every = (e for run in experts for e in range(run.start, run.stop))
+        for e, target in zip(every, self.rows_first(local_of(weight)), strict=True):
+            first = e * self.delta.out
+            for run, part in zip(rows, target.split([run.stop - run.start for run in rows])):
+                part.copy_(change(part, slice(first + run.start, first + run.stop), cols))

@@ -23,6 +23,10 @@ stand in the safetensors header. Three things it leaves open are closed here: (1
 they are made contiguous; (2) it reads every safetensors file in the folder, so one that COMPLETE does not list is
 refused; (3) it ignores what a job does not ask for and leaves a hole as it was, so names, shapes, dtypes and coverage
 are compared first, against the list in trainer.json.
+
+[Note: parts that are no box]
+DCP knows boxes. Where a rank holds several runs of a dimension (`boxes.py`: gate above up under tensor parallelism), the tensor is made
+whole along that axis of the mesh before it is written, and read as a whole: factors and their moments, no weights.
 """
 
 import hashlib
@@ -46,8 +50,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
+from d9d_lora.boxes import axes_in_blocks, index_of, outline_of, without_blocks
 from d9d_lora.placement import local_of
 from d9d_lora.state import atomic
 from d9d_lora.state.atomic import Damaged, RanksFailed, agreeing_group, agreeing_over, decided, gather, rank_and_world, together
@@ -117,7 +122,11 @@ class Found:
     def _read(self, tensors: Mapping[str, Tensor]) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=_ONE_PROCESS)
-            dcp.load(dict(sorted(tensors.items())), storage_reader=HuggingFaceStorageReader(str(self.path / STATE)))
+            boxes = {name: _box_for(tensor) for name, tensor in sorted(tensors.items())}
+            dcp.load(boxes, storage_reader=HuggingFaceStorageReader(str(self.path / STATE)))
+        for name, box in boxes.items():
+            if box is not tensors[name]:
+                local_of(tensors[name]).copy_(_own_part(local_of(box), tensors[name]))
 
     def _check_headers(self) -> None:
         """The shards of each tensor must cover it: DCP would leave a hole as it was and say nothing."""
@@ -173,6 +182,7 @@ class Checkpoints:
         those of `atomic`. A save that is still under way is waited for first; its failure is raised in the place of this save.
         """
         self.wait()
+        tensors = {name: _as_boxes(tensors[name]) for name in sorted(tensors)}
         if wait:
             return self._save(step, tensors, document, extras, best)
         try:
@@ -339,6 +349,29 @@ def _copied(tensor: Tensor) -> Tensor:
     copy.copy_(local)
     # not by from_local, which would take it to the device of the mesh
     return DTensor(copy, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copy
+
+
+def _as_boxes(tensor: Tensor) -> Tensor:
+    """[Note: parts that are no box]. Collective for these."""
+    blocked = axes_in_blocks(tensor)
+    if not blocked:
+        return tensor
+    assert isinstance(tensor, DTensor)
+    return tensor.detach().redistribute(placements=[Replicate() if i in blocked else p for i, p in enumerate(tensor.placements)])
+
+
+def _box_for(tensor: Tensor) -> Tensor:
+    """What a checkpoint is read into: the tensor, or a box that it is a part of. [Note: parts that are no box]"""
+    if not axes_in_blocks(tensor):
+        return tensor
+    outline = without_blocks(tensor)
+    assert isinstance(outline, DTensor)
+    return outline_of(outline, outline.placements, device=local_of(tensor).device)
+
+
+def _own_part(box: Tensor, tensor: Tensor) -> Tensor:
+    dims = {tensor.placements[i].dim for i in axes_in_blocks(tensor)}  # type: ignore[attr-defined]
+    return box[tuple(rows if dim in dims else slice(None) for dim, rows in enumerate(index_of(tensor)))]
 
 
 def _frozen(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from d9d_lora.boxes import Runs as Runs
+from d9d_lora.boxes import local_runs as local_runs
 from d9d_lora.state.mappers import (
     ModelStateMapper,
     ModelStateMapperIdentity,
@@ -40,9 +42,6 @@ from d9d_lora.state.mappers import (
 )
 from d9d_lora.state.safetensors_dir import CheckpointError, CheckpointFiles, open_checkpoint
 
-Runs = list[
-    list[slice]
-]  # a dimension: the stretches of global indices that this rank holds, in the order it holds them
 Sink = tuple[Tensor, Callable[[Tensor], None]]  # a tensor's outline on meta, with its placement; what takes this rank's part of it
 Part = tuple[str, slice, Tensor]  # of a tensor's local part: its name, some rows (of a scalar: none), their values
 BLOCK = 16 << 20  # bytes of a tensor that are in hand at a time, where it is filled row by row
@@ -293,52 +292,6 @@ class _Plan:
             "(unknown: in the file, not to be filled in the model; missing: the reverse). Give the mapper that renames "
             "them, name what the file need not hold in `skip`, and harmless leftovers in `ignore_unexpected`."
         )
-
-
-def local_runs(tensor: Tensor, at: Sequence[int] | None = None) -> Runs:
-    """The global indices of the local part, for each dimension, as contiguous runs in the order they are held.
-
-    `at`: the coordinate in its mesh of the rank that is meant; this one's by default.
-
-    [Note: strided shards] Under FSDP2 x TP the weight is cut by tp first and by dp second, while placements are read
-    left to right, dp before tp. DTensor calls the dp placement `_StridedShard(split_factor=tp)`. With that factor it
-    is a plain cut which comes after those to its right; with any other it deals `split_factor` blocks to each rank.
-    """
-    if not isinstance(tensor, DTensor):
-        return [[slice(0, size)] for size in tensor.shape]
-    coordinate = (tensor.device_mesh.get_coordinate() or ()) if at is None else at
-    runs: Runs = []
-    for dim, size in enumerate(tensor.shape):
-        cuts = [
-            (tensor.device_mesh.size(axis), rank, getattr(placement, "split_factor", 1))
-            for axis, (rank, placement) in enumerate(zip(coordinate, tensor.placements))
-            if getattr(placement, "dim", None) in (dim, dim - tensor.dim())
-        ]
-        runs.append(_to_runs(_cut(torch.arange(size), cuts)))
-    return runs
-
-
-def _cut(index: Tensor, cuts: Sequence[tuple[int, int, int]]) -> Tensor:
-    """`index` cut by each (ranks, rank, split factor); see [Note: strided shards]."""
-    if not cuts:
-        return index
-    (ranks, rank, blocks), rest = cuts[0], cuts[1:]
-    if blocks > 1 and blocks == math.prod(ranks for ranks, _, _ in rest):
-        return _chunk(_cut(index, rest), ranks, rank)
-    mine = torch.cat([_chunk(_chunk(index, blocks, block), ranks, rank) for block in range(blocks)])
-    return _cut(mine, rest)
-
-
-def _chunk(index: Tensor, ranks: int, rank: int) -> Tensor:
-    size = -(-len(index) // ranks)  # rounded up: the last ranks hold less, or nothing
-    return index[rank * size : (rank + 1) * size]
-
-
-def _to_runs(index: Tensor) -> list[slice]:
-    if not len(index):
-        return [slice(0, 0)]
-    breaks = (index.diff() != 1).nonzero().flatten() + 1
-    return [slice(int(part[0]), int(part[-1]) + 1) for part in index.tensor_split(breaks.tolist())]
 
 
 def assemble(piece: Callable[[tuple[slice, ...]], Tensor], runs: Runs) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from d9d_lora.placement import box_of, key_of, local_of
+from d9d_lora.boxes import local_runs
+from d9d_lora.placement import key_of, local_of
 from d9d_lora.state.atomic import gather
 
 
@@ -62,7 +63,7 @@ def checksums(params: Mapping[str, nn.Parameter]) -> Tensor:
         for n, block in enumerate(words.split(1 << 22)):  # in blocks: int64 takes several times the memory of the parameter
             place = torch.arange(n, n + block.numel(), device=local.device) % 65521 + 1
             total += (block.to(torch.int64) * place).sum()
-        held = key_of(*((s.start, s.stop) for s in box_of(p))) if local.numel() else 0
+        held = key_of(*((s.start, s.stop) for run in local_runs(p) for s in run)) if local.numel() else 0
         rows.append(torch.stack([torch.tensor(key_of(name), device=local.device), torch.tensor(held, device=local.device), total]))
     return torch.stack(rows) if rows else torch.empty(0, 3, dtype=torch.int64)
 

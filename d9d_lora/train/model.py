@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import inspect
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Pr
 from torch.utils.checkpoint import checkpoint
 
 from d9d_lora.dropout import Clock
+from d9d_lora.expert_styles import expert_styles
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.placement import local_of
 from d9d_lora.quant.load import packed_tensors, quantise_, quantised, sinks
@@ -146,8 +147,11 @@ def apply_tensor_parallel(base: Base, mesh: DeviceMesh, *, sequence: bool) -> No
             f"{type(module).__name__} has no tensor-parallel plan; use parallel.tp=1 with dp_shard, or parallelize the module in your "
             "own loop and inject afterwards"
         )
-    check_heads(module, mesh.size())
-    styles: dict[str, ParallelStyle] = {}
+    check_heads(module, mesh.size(), plan)
+    styles, settled = expert_styles(module, plan, mesh.size())
+    if styles and sequence:
+        raise ValueError("parallel.sequence_parallel: experts are shared out over whole tokens only; give sequence_parallel=false")
+    plan = {name: word for name, word in plan.items() if name not in settled}
     for name, word in plan.items():
         if word not in _STYLES:
             raise ValueError(f"{name}: the model's plan says {word!r}, which is not known here; known: {', '.join(sorted(_STYLES))}")
@@ -155,7 +159,7 @@ def apply_tensor_parallel(base: Base, mesh: DeviceMesh, *, sequence: bool) -> No
         if style is not None:
             styles[name] = style
     between = Shard(1) if sequence else Replicate()
-    for parent in {name.rpartition(".")[0] for name, word in plan.items() if word == "colwise"}:
+    for parent in _parents({name for name, word in plan.items() if word == "colwise"}, module):
         # The parent's input becomes one DTensor for all its column-parallel layers: one gather, and one reduction of its gradient.
         attention = parent.endswith(("attn", "attention"))
         layout: dict[str, Any] = {"use_local_output": False}
@@ -166,11 +170,17 @@ def apply_tensor_parallel(base: Base, mesh: DeviceMesh, *, sequence: bool) -> No
         styles[parent] = PrepareModuleInput(**layout)
     if sequence:
         _shard_tokens(styles, plan, module)
-    parallelize_adapted(module, mesh, styles, src_data_rank=None)
+    named = {name: key for name, _ in module.named_modules() for key in (_starred(name), name) if key in styles}
+    parallelize_adapted(module, mesh, {name: styles[key] for name, key in named.items()}, src_data_rank=None)
     for name, m in module.named_modules():
         norm_of_heads = plan.get(_starred(name)) == "replicated_with_grad_allreduce"
         if norm_of_heads or (sequence and _is_norm(name)):
             base.in_parts += [(m, leaf) for leaf, p in m.named_parameters(recurse=False) if not isinstance(p, DTensor)]
+
+
+def _parents(starred: Collection[str], module: nn.Module) -> list[str]:
+    """The modules that hold layers of these names: a dense feed-forward, and not the mixture that has its name in another block."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name, _ in module.named_modules() if _starred(name) in starred))
 
 
 def _shard_tokens(styles: dict[str, ParallelStyle], plan: dict[str, str], module: nn.Module) -> None:
@@ -197,8 +207,10 @@ def _starred(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def check_heads(module: nn.Module, tp: int) -> None:
-    """Heads are not split: tp must divide the key-value heads and the attention heads."""
+def check_heads(module: nn.Module, tp: int, plan: Mapping[str, str]) -> None:
+    """Heads are not split: tp must divide the key-value heads and the attention heads, where the plan shares them out."""
+    if not any(name.rpartition(".")[0].endswith(("attn", "attention")) for name in plan):
+        return
     config: Any = getattr(module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for field_name in ("num_attention_heads", "num_key_value_heads"):

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
+from d9d_lora.boxes import axes_in_blocks
 from d9d_lora.train.config import ParallelConfig
 from d9d_lora.walk import adapted_layers
 
@@ -79,7 +81,8 @@ def axis_to_cut(p: nn.Parameter, n: int) -> int:
     A trained factor `lora_A[r, I]` has r rows: along the first dimension, more than r ranks would move mostly padding.
     """
     shape = largest_part(p)
-    possible = [d for d in range(len(shape)) if d == 0 or (shape[d] % n == 0 and p.shape[d] % shape[d] == 0)]
+    blocked = {p.placements[i].dim for i in axes_in_blocks(p)}  # type: ignore[attr-defined]
+    possible = [d for d in range(len(shape)) if d == 0 or (shape[d] % n == 0 and p.shape[d] % shape[d] == 0 and d not in blocked)]
     return min(possible, key=lambda d: -(-shape[d] // n) * n / max(shape[d], 1), default=0)
 
 
@@ -100,7 +103,7 @@ def largest_part(p: Tensor) -> list[int]:
     shape = list(p.shape)
     if isinstance(p, DTensor):
         for i, placement in enumerate(p.placements):
-            if isinstance(placement, Shard):
+            if isinstance(placement, Shard | _StridedShard):
                 shape[placement.dim] = -(-shape[placement.dim] // p.device_mesh.size(i))
     return shape
 

@@ -1,0 +1,208 @@
+"""Tensor parallelism inside experts, by the model's own plan: against one process."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from d9d_lora import expert_styles, inject_peft_and_freeze, merge_peft
+from d9d_lora.boxes import axes_in_blocks, index_of, shard
+from d9d_lora.layers import grouped
+from d9d_lora.layers.experts import AdaptedExperts
+from d9d_lora.measure import traffic
+from d9d_lora.placement import ReplicatedSum, full_of, local_of
+from d9d_lora.registry import peft_method_from_config
+from d9d_lora.train import model as models
+from d9d_lora.train.config import ModelConfig, ParallelConfig
+from d9d_lora.train.world import World, join
+from d9d_lora.walk import adapted_layers, clock_of
+from tests.small_run import losses, make_assets, run
+from tests.test_experts import FAMILIES, IDS, STACKS, model_of
+from tests.test_laws import wake
+
+ONE = World(0, 1, torch.device("cpu"), ParallelConfig(dp_shard=1), None)
+PEFT = {"kind": "lora", "target_modules": "all-linear", "target_parameters": STACKS, "params": {"r": 3, "alpha": 6, "dropout": 0.1}}
+TP2, FSDP2_TP2 = ParallelConfig(tp=2, dp_shard=1), ParallelConfig(tp=2, dp_shard=2)
+ALMOST = {torch.float64: 1e-7, torch.float32: 1e-3}  # of a gradient's largest value; transformers keeps norms and routers in fp32
+
+
+def loaded(directory, world, dtype, peft=PEFT):
+    base = models.open_model(ModelConfig(path=str(directory)), dtype)
+    if world.parallel.tp > 1:
+        models.apply_tensor_parallel(base, world.mesh["tp"], sequence=False)
+    method = peft_method_from_config(peft)
+    mapper = inject_peft_and_freeze(method, base.module)
+    if world.dp_size > 1:
+        models.apply_data_parallel(base.module, world.mesh, world.parallel)
+    models.materialise(base, torch.device("cpu"))
+    models.load(base, mapper, ModelConfig(path=str(directory)))
+    method.initialise(base.module)
+    wake(base.module)
+    return method, base.module
+
+
+def one_step(model):
+    clock_of(model).set(7)
+    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def differences(directory, parallel, dtype):
+    """How far a layout is from one process, in gradients: the largest over their largest values, by name. Ranks have one batch."""
+    (_, one), (method, many) = loaded(directory, ONE, dtype), loaded(directory, world := join(torch.device("cpu"), parallel, 60), dtype)
+    expected, found = one_step(one), one_step(many)
+    assert expected[1].keys() == found[1].keys()
+    assert all(float(g.abs().max()) > 1e-9 for g in expected[1].values())
+    apart = {n: float((full_of(found[1][n]) / world.dp_size - g).abs().max() / g.abs().max()) for n, g in expected[1].items()}
+    return {"loss": abs(found[0] - expected[0]), **apart}, one, many, method
+
+
+def as_one(rank, directory, parallel, dtype):
+    apart, one, many, method = differences(directory, parallel, dtype)
+    assert max(apart.values()) < ALMOST[dtype], apart
+    stack = next(layer for layer in adapted_layers(many) if type(layer) is AdaptedExperts)
+    assert str(stack.placing) == "column / 2"
+    for p in (stack.base.weight, stack.lora_B.weight):
+        assert axes_in_blocks(p)
+        assert torch.equal(full_of(p)[index_of(p)], local_of(p))
+    for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
+        assert torch.equal(full_of(q), p), name
+    merge_peft(method, many)
+    merge_peft(method, one)
+    for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
+        assert float((full_of(q) - p).abs().max()) < 1e-6, name
+
+
+CELLS = [
+    ("qwen3_moe", TP2, torch.float64),
+    ("deepseek_v3", TP2, torch.float64),
+    ("mixtral", FSDP2_TP2, torch.float64),
+    ("qwen3_moe", FSDP2_TP2, torch.float32),
+]
+
+
+@pytest.mark.parametrize("family,parallel,dtype", CELLS)
+def test_a_layout_is_one_process(pool, tmp_path, monkeypatch, family, parallel, dtype):
+    if dtype == torch.float32:  # rows of 16 bytes on each rank: torch's grouped product
+        monkeypatch.setitem(FAMILIES, family, (family, {**FAMILIES[family][1], "moe_intermediate_size": 16}))
+    model_of(family, torch.float32).save_pretrained(tmp_path)
+    pool.run(parallel.tp * parallel.dp_shard, as_one, tmp_path, parallel, dtype)
+
+
+def mutated(rank, directory):
+    def completed_early(self, h, base):
+        y = base()
+        y = expert_styles._sum(y, self.placing.mesh.get_group()) if self.placing.letter == "I" else y
+        return y + self.update(h, self.parts(h.x.dtype, parts=True))
+
+    cut = dict(expert_styles._CUT)
+    mutants = {
+        "gate and up in halves": [(expert_styles._CUT, "packed_colwise", ("O", 1))],
+        "completed before the adapter": [
+            (grouped.AdaptedProduct, "adapted", completed_early),
+            (expert_styles._Complete, "forward", staticmethod(lambda ctx, y, group: y.clone())),
+        ],
+        "no sum at the door": [(expert_styles._Door, "backward", staticmethod(lambda ctx, dx, dp: (dx, dp, None)))],
+        "the sum of replicated factors left out": [(grouped.AdaptedProduct, "in_parts", lambda self: False)],
+    }
+    for name, changes in mutants.items():
+        kept = []
+        for owner, key, value in changes:
+            if isinstance(owner, dict):
+                owner[key] = value
+            else:
+                kept.append((owner, key, owner.__dict__.get(key)))
+                setattr(owner, key, value)
+        try:
+            apart = differences(directory, TP2, torch.float64)[0]
+        finally:
+            expert_styles._CUT.update(cut)
+            for owner, key, value in kept:
+                delattr(owner, key) if value is None else setattr(owner, key, value)
+        assert max(apart.values()) > 1e-3, name
+
+
+def test_mutations(pool, tmp_path):
+    model_of("qwen3_moe", torch.float32).save_pretrained(tmp_path)
+    pool.run(2, mutated, tmp_path)
+
+
+def counted(rank):
+    world = join(torch.device("cpu"), TP2, 60)
+    found = []
+    for adapted in (False, True):
+        base = models.Base(model_of("qwen3_moe", torch.float32), None)
+        models.apply_tensor_parallel(base, world.mesh["tp"], sequence=False)
+        if adapted:
+            inject_peft_and_freeze(peft_method_from_config(PEFT), base.module)
+            ReplicatedSum(adapted_layers(base.module))
+        base.module.model.embed_tokens.weight.requires_grad_(True)
+        with traffic() as forward:
+            loss = base.module(input_ids=IDS, labels=IDS, use_cache=False).loss
+        with traffic() as backward:
+            loss.backward()
+        found.append((dict(forward), dict(forward.count), dict(backward), dict(backward.count)))
+    assert found[0] == found[1], "adapters add no collective"
+    forward, n, backward, m = found[0]
+    tokens, blocks, hidden, top_k = IDS.numel(), 2, 16, 2
+    assert (n["all_reduce"], m["all_reduce"]) == (1 + 2 * blocks, 1 + 2 * blocks), "the embedding or the head, then attention and experts"
+    assert forward["all_reduce"] == 4 * tokens * hidden * (1 + 2 * blocks)
+    assert backward["all_reduce"] == 4 * tokens * (hidden * (1 + 2 * blocks) + top_k * blocks)
+
+
+def test_collectives_are_the_bases(pool):
+    pool.run(2, counted)
+
+
+def test_a_run_is_that_of_one_process_and_goes_on_there(pool, tmp_path):
+    """The trainer on FSDP2 2 x tensor parallel 2; its checkpoint goes on in one process, and the reverse."""
+    assets = make_assets(tmp_path, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=6)
+    peft = {**PEFT, "params": {"r": 4, "alpha": 8, "dropout": 0.1}}
+    many = {"peft": peft, "train__steps": 4, "parallel": {"tp": 2}, "checkpoint__every": 2}
+    one = {**many, "parallel": {}}
+    whole = pool.run(1, run, assets, tmp_path / "one", one)[0]
+    apart = pool.run(4, run, assets, tmp_path / "many", many)[0]
+    for a, b in zip(losses(whole), losses(apart), strict=True):
+        assert abs(a - b) < 1e-6 * abs(a)
+    for world, start, then in ((1, "many", one), (4, "one", many)):
+        again = f"{start} goes on"
+        steps = {**then, "checkpoint__resume": str(tmp_path / start / "checkpoints" / "step_00000002")}
+        pool.run(world, run, assets, tmp_path / again, steps)
+    files = [load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("one", "many", "many goes on", "one goes on")]
+    for other in files[1:]:
+        assert other.keys() == files[0].keys()
+        assert all((other[k] - t).abs().max() < 1e-5 for k, t in files[0].items())
+
+
+def test_what_is_not_proven_is_refused():
+    model = model_of("qwen3_moe", torch.float32)
+    with pytest.raises(ValueError, match=r"its experts are 12 wide, which 5 ranks cannot share; degrees that can: \[1, 2, 3, 4, 6, 12\]"):
+        expert_styles.expert_styles(model, model._tp_plan, 5)
+    found, settled = expert_styles.expert_styles(model, model._tp_plan, 2)
+    assert len(found) == 2
+    assert {name.rpartition(".")[2] for name in settled} == {"experts", "gate_up_proj", "down_proj"}
+    oss = model_of("gpt_oss", torch.float32)
+    plan = {"model.layers.*.mlp.experts": "moe_tp_experts", "model.layers.*.mlp.experts.gate_up_proj": "packed_colwise"}
+    with pytest.raises(ValueError, match=r"says .*down_proj.* of its stacks"):
+        expert_styles.expert_styles(oss, plan, 2)
+    with pytest.raises(ValueError, match="experts with biases"):
+        expert_styles.expert_styles(oss, {**plan, "model.layers.*.mlp.experts.down_proj": "rowwise"}, 2)
+
+
+def dora_on_parts(rank):
+    world = join(torch.device("cpu"), TP2, 60)
+    base = models.Base(model_of("qwen3_moe", torch.float32), None)
+    with pytest.raises(ValueError, match="experts are shared out over whole tokens only"):
+        models.apply_tensor_parallel(base, world.mesh["tp"], sequence=True)
+    models.apply_tensor_parallel(base, world.mesh["tp"], sequence=False)
+    for params in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(ValueError, match="tensor parallelism shares out the rows or columns of each expert"):
+            inject_peft_and_freeze(peft_method_from_config({**PEFT, "params": {"r": 2, **params}}), base.module)
+    assert not list(adapted_layers(base.module))
+    with pytest.raises(ValueError, match="which 2 ranks cannot share evenly"):
+        expert_styles.cut(nn.Parameter(torch.zeros(6, 2)), world.mesh["tp"], shard(0, 2))
+
+
+def test_what_is_not_proven_is_refused_on_ranks(pool):
+    pool.run(2, dora_on_parts)
