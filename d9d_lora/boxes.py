@@ -29,7 +29,7 @@ def cut(whole: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
     """Each rank's part of a tensor that all of them have (or that is on meta); no communication."""
     if not isinstance(placement, _StridedShard):
         return distribute_tensor(whole, mesh, [placement], src_data_rank=None)
-    dim, blocks, n = placement.dim, placement.split_factor, mesh.size()
+    dim, blocks, n = placement.dim, int(placement.split_factor), mesh.size()
     if whole.shape[dim] % (blocks * n):
         raise ValueError(f"dimension {dim} of {tuple(whole.shape)} is {blocks} blocks, which {n} ranks cannot share evenly")
     parts = whole.detach().unflatten(dim, (blocks, n, -1)).select(dim + 1, mesh.get_local_rank())

@@ -357,7 +357,8 @@ def _as_boxes(tensor: Tensor) -> Tensor:
     if not blocked:
         return tensor
     assert isinstance(tensor, DTensor)
-    return tensor.detach().redistribute(placements=[Replicate() if i in blocked else p for i, p in enumerate(tensor.placements)])
+    held: Any = tensor.detach()
+    return held.redistribute(placements=[Replicate() if i in blocked else p for i, p in enumerate(tensor.placements)])
 
 
 def _box_for(tensor: Tensor) -> Tensor:
