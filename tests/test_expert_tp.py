@@ -156,20 +156,23 @@ def test_collectives_are_the_bases(pool):
 
 
 def test_a_run_is_that_of_one_process_and_goes_on_there(pool, tmp_path):
-    """The trainer on FSDP2 2 x tensor parallel 2; its checkpoint goes on in one process, and the reverse."""
+    """The trainer on FSDP2 2 x tensor parallel 2, whose checkpoint goes on in one process, and the reverse; and on two stages."""
     assets = make_assets(tmp_path, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=6)
     peft = {**PEFT, "params": {"r": 4, "alpha": 8, "dropout": 0.1}}
     many = {"peft": peft, "train__steps": 4, "parallel": {"tp": 2}, "checkpoint__every": 2}
     one = {**many, "parallel": {}}
     whole = pool.run(1, run, assets, tmp_path / "one", one)[0]
     apart = pool.run(4, run, assets, tmp_path / "many", many)[0]
-    for a, b in zip(losses(whole), losses(apart), strict=True):
-        assert abs(a - b) < 1e-6 * abs(a)
+    stages = pool.run(4, run, assets, tmp_path / "stages", {**many, "parallel": {"pp": 2, "tp": 2}, "checkpoint__every": 0})[0]
+    for other in (apart, stages):
+        for a, b in zip(losses(whole), losses(other), strict=True):
+            assert abs(a - b) < 1e-6 * abs(a)
     for world, start, then in ((1, "many", one), (4, "one", many)):
         again = f"{start} goes on"
         steps = {**then, "checkpoint__resume": str(tmp_path / start / "checkpoints" / "step_00000002")}
         pool.run(world, run, assets, tmp_path / again, steps)
-    files = [load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("one", "many", "many goes on", "one goes on")]
+    names = ("one", "many", "stages", "many goes on", "one goes on")
+    files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in names]
     for other in files[1:]:
         assert other.keys() == files[0].keys()
         assert all((other[k] - t).abs().max() < 1e-5 for k, t in files[0].items())

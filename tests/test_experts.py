@@ -19,9 +19,11 @@ from d9d_lora.registry import peft_method_from_config
 from d9d_lora.state.mappers import ModelStateMapperStack
 from d9d_lora.train import model as models
 from d9d_lora.train.config import ModelConfig, ParallelConfig
+from d9d_lora.train.report import census, console, show_census
+from d9d_lora.train.trainer import Trainer
 from d9d_lora.train.world import World, join
 from d9d_lora.walk import adapted_layers
-from tests.small_run import losses, make_assets, run
+from tests.small_run import config_of, losses, make_assets, run
 from tests.test_laws import wake
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
@@ -210,8 +212,6 @@ def test_rows_in_turn_have_no_slices():
 
 
 def test_the_table_tells_of_experts():
-    from d9d_lora.train.report import census, console, show_census
-
     nothing = {"target_parameters": None, "target_modules": "all-linear"}
     for targets, words in (({}, "4 of these are adapted"), (nothing, "no expert is adapted")):
         model = model_of("qwen3_moe")
@@ -221,6 +221,20 @@ def test_the_table_tells_of_experts():
         with console.capture() as table:
             show_census(found, [])
         assert words in table.get().replace("\n", " ")
+
+
+def test_the_trainer_says_that_no_expert_was_hit(tmp_path):
+    assets = make_assets(tmp_path, "qwen3_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=6)
+    attention = {"kind": "lora", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "params": {"r": 2}}
+    config = config_of(assets, tmp_path / "out", peft=attention)
+    with console.capture() as told:
+        trainer = Trainer(config, join(torch.device("cpu"), config.parallel, 60))
+    weights = {n: p.numel() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    stacks = [n for name, n in weights.items() if "experts" in name]
+    share = 100 * sum(stacks) / sum(p.numel() for p in trainer.model.parameters())
+    text = told.get().replace("\n", " ")
+    assert f"experts: {share:.1f} % of the parameters, in {len(stacks)} stacks; 0 of these are adapted" in text
+    assert "WARNING: no expert is adapted. Name them, as peft.target_parameters" in text
 
 
 # -- files that hold each expert by itself, layouts ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     general.type = adapter    general.architecture    adapter.type = lora    adapter.lora.alpha
     <weight>.lora_a  [r, in]      <weight>.lora_b  [out, r]      delta W = (alpha / r) B A, and B A where alpha is 0
     token_embd.weight.lora_a  [V, r]: transposed, so that a token's row can be looked up
+    blk.3.ffn_gate_exps.weight.lora_a  [E, r, in], .lora_b  [E, out, r]: of experts; gate and up are two tensors with one lora_a
 
 [Note: the scale]
 llama.cpp divides one alpha by the rank that a tensor has, and knows neither rsLoRA nor patterns. So `adapter.lora.alpha` is the
@@ -15,22 +16,27 @@ Facts from llama.cpp: `src/llama-adapter.cpp` (names, shapes), `llama_adapter_lo
 
 import math
 import os
+import re
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from d9d_lora.export.gguf_file import Array, GGUFFile
-from d9d_lora.export.gguf_names import Base, Weight, base_of, package, reorder, restore
+from d9d_lora.export.gguf_names import Base, Weight, base_of, config_of, package, reorder, restore
 from d9d_lora.export.plain import write_directory
+from d9d_lora.state import expert_layouts as experts
 from d9d_lora.state.atomic import TEMPORARY, sync
+from d9d_lora.state.expert_base import outline_of
 from d9d_lora.state.names import PEFT_PREFIX
 from d9d_lora.state.peft_config import CONFIG, PEFT_VERSION, WEIGHTS, AdapterError, dump, pattern_of, targets_of
-from d9d_lora.state.peft_read import LayerMeaning, Parts, meanings
+from d9d_lora.state.peft_kinds.lora import layer_meanings, parameters_of
+from d9d_lora.state.peft_read import LayerMeaning, Parts, meanings, open_weights, read_adapter_config, reading_of
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.targets import by_name, named
 
@@ -40,6 +46,7 @@ N = TypeVar("N", int, float)
 BaseConfig = Mapping[str, Any] | str | os.PathLike[str]
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _ALPHA = "adapter.lora.alpha"
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 _KNOWN = {"adapter.type", _ALPHA, "adapter.lora.task_name", "adapter.lora.prompt_prefix"}
 _HINT = "or export the merged model, and convert that"
 # Fields of adapter_config.json that llama.cpp's LoRA has no place for: what they are, and the mend.
@@ -48,7 +55,6 @@ _REFUSED = {
     "lora_bias": "a bias of B: llama.cpp adds B A only. Train without it",
     "modules_to_save": "modules trained whole: a GGUF adapter holds low-rank factors only. Adapt them, or leave them frozen",
     "trainable_token_indices": "trained rows of an embedding: a GGUF adapter holds low-rank factors only. Adapt the embedding",
-    "target_parameters": "adapters of bare parameters (fused experts): not written here. Adapt linear layers",
     "layer_replication": "layers that stand several times: the base GGUF has each of them once. Train without it",
     "ensure_weight_tying": "one adapter for the embedding and the head: llama.cpp applies it to one of them. Leave both out",
     "alora_invocation_tokens": "aLoRA: not written here. Train without it",
@@ -57,12 +63,18 @@ _REFUSED = {
 }
 
 
-def refusals(config: Mapping[str, Any], parts: Parts | None = None, base_config: BaseConfig | None = None) -> list[str]:
+def refusals(
+    config: Mapping[str, Any],
+    parts: Parts | None = None,
+    base_config: BaseConfig | None = None,
+    bare: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """Why llama.cpp could not take this adapter; empty if it can.
 
     Args:
         config: The contents of an `adapter_config.json`, also one of an adapter that is still to be trained.
         parts: The keys of the adapter's file, if there is one.
+        bare: Layers of `parts` that stand for a parameter -> its name.
         base_config: The base's `config.json`; without it, the names of layers are not judged.
 
     Returns:
@@ -77,25 +89,32 @@ def refusals(config: Mapping[str, Any], parts: Parts | None = None, base_config:
     for what in ("shifts", "magnitudes", "biases", "others") if parts else ():
         if keys := sorted(getattr(parts, what).values()):
             faults.append(f"{keys[:3]}{' and more' if len(keys) > 3 else ''}: no low-rank factors, {_HINT}")
+    base = None
     if base_config is not None:
         try:
             base = base_of(base_config)
         except AdapterError as error:
             return [*faults, str(error)]
-        faults += [base.why_not(layer) for layer in _strangers(base, config, parts)]
+        faults += [base.why_not(layer) for layer in _strangers(base, config, parts, bare)]
+    lost = [p for p in config.get("target_parameters") or () if base is None or not any(named(stack, [p]) for stack in base.stacks)]
+    lost += sorted(set(bare.values()) - set(base.stacks if base else ()))
+    if lost:
+        faults.append(f"target_parameters {lost}: bare parameters, and no stacks of experts that this base is known to have, {_HINT}")
     return faults
 
 
-def _strangers(base: Base, config: Mapping[str, Any], parts: Parts | None) -> list[str]:
+def _strangers(base: Base, config: Mapping[str, Any], parts: Parts | None, bare: Mapping[str, str]) -> list[str]:
     """Adapted layers that are no weight of the base's GGUF; before a file is there, the targets that select nothing else."""
     if parts is not None:
-        return sorted(parts.factors.keys() - base.weights.keys())
+        return sorted(parts.factors.keys() - base.weights.keys() - bare.keys())
     targets = config.get("target_modules")
     if not isinstance(targets, (list, tuple, set)):
         return []  # a regular expression, or "all-linear", which spares the head
     selected = [layer for layer in base.ends if base.tied and named(layer, list(targets))]
-    names = [*base.weights, *selected]
-    return sorted([*selected, *(t for t in targets if not any(named(name, [t]) for name in names))])
+    names = [*base.weights, *(weight.layer for stack in base.stacks.values() for weight in stack), *selected]
+    one = {t: _ONE_EXPERT.sub(".experts.", t) for t in targets}  # the files of a base name each expert by itself
+    known = {short: any(named(name, [short]) for name in names) for short in set(one.values())}
+    return sorted([*selected, *(t for t in targets if not known[one[t]])])
 
 
 def write_gguf(
@@ -116,16 +135,19 @@ def write_gguf(
         raise AdapterError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     output = Path(output).absolute()
     _refuse_other(output)
-    config, parts, layers = meanings(adapter)
     base = base_of(base_config)
-    if faults := refusals(config, parts, base_config):
+    config, parts, layers, bare = _meanings(Path(adapter), base_config)
+    if faults := refusals(config, parts, base_config, bare):
         raise AdapterError(f"{adapter} cannot become a GGUF adapter:\n  " + "\n  ".join(faults[:12]))
     alpha, factors = _alpha_of(layers, bool(config.get("use_rslora")))
     tensors: dict[str, Tensor] = {}
     with open_checkpoint(Path(adapter) / WEIGHTS if Path(adapter).is_dir() else adapter) as files:
         for layer, pair in sorted(parts.factors.items()):
             a, b = (files.read(pair[factor]) for factor in "AB")
-            tensors |= _to_gguf(base.weights[layer], a, b, factors[layer], _DTYPES[dtype])
+            if layer in bare:
+                tensors |= _stack_to_gguf(base.stacks[bare[layer]], a, b, factors[layer], _DTYPES[dtype])
+            else:
+                tensors |= _to_gguf(base.weights[layer], a, b, factors[layer], _DTYPES[dtype])
     _install(output, base.architecture.gguf, alpha, tensors)
 
 
@@ -149,6 +171,40 @@ def _to_gguf(weight: Weight, a: Tensor, b: Tensor, factor: float, dtype: torch.d
     for name, tensor in found.items():
         if not tensor.isfinite().all():
             raise AdapterError(f"{weight.layer}: {name} has values that are not finite in {dtype}; write f32, or train again")
+    return found
+
+
+def _meanings(
+    adapter: Path, base_config: BaseConfig
+) -> tuple[dict[str, Any], Parts, dict[str, LayerMeaning], dict[str, str]]:
+    """`meanings`, and which layers of the file stand for which parameter of the base's model."""
+    config = read_adapter_config(adapter)
+    if config["peft_type"] != "LORA" or not config.get("target_parameters"):
+        return *meanings(adapter), {}
+    told = base_config if isinstance(base_config, Mapping) else config_of(base_config)
+    with open_weights(adapter) as files:
+        reading = reading_of(adapter, config, files, outline_of(told))
+        bare = parameters_of(reading)
+        return config, reading.parts, layer_meanings(reading, bare), bare
+
+
+def _stack_to_gguf(weights: Sequence[Weight], a: Tensor, b: Tensor, factor: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A fused pair of a stack of experts (`expert_layouts.py`) as the stacks that llama.cpp has of it."""
+    n, rows = weights[0].experts, [weight.rows for weight in weights]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] % n or (a.shape[1], b.shape) != (weights[0].columns, (sum(rows), a.shape[0])):
+        raise AdapterError(
+            f"{weights[0].layer}: A {tuple(a.shape)} and B {tuple(b.shape)}; this base expects [{n} r, {weights[0].columns}] and "
+            f"[{sum(rows)}, {n} r]. Is it the adapter of another model?"
+        )
+    A = experts.stacked_A(experts.from_fused_A(a, n)).to(dtype).contiguous()
+    B = experts.stacked_B(experts.from_fused_B(b, n))
+    B = (B if factor == 1 else B.double() * factor).to(dtype)
+    found: dict[str, Tensor] = {}
+    for weight, part in zip(weights, B.split(rows, 1)):
+        found |= {f"{weight.tensor}.lora_a": A, f"{weight.tensor}.lora_b": part.contiguous()}
+    for name, tensor in found.items():
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{name} has values that are not finite in {dtype}; write f32, or train again")
     return found
 
 
@@ -313,6 +369,9 @@ def _check_fields(file: GGUFFile, base: Base) -> float:
 
 def _pairs(file: GGUFFile, base: Base) -> list[Weight]:
     known, shapes = base.by_tensor(), file.shapes()
+    stacks = {weight.tensor for stack in base.stacks.values() for weight in stack}
+    if of_experts := sorted(name for name in shapes if name.rpartition(".lora_")[0] in stacks):
+        raise AdapterError(f"{file.path}: {of_experts[:2]}: adapters of experts are written as GGUF and not read back into PEFT's format")
     found: dict[str, set[str]] = {}
     strange = []
     for name in shapes:

@@ -14,7 +14,7 @@ A row of `ARCHITECTURES` was tried with llama.cpp itself: a tiny random model of
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ _PHI3 = {
     "mlp.down_proj": ("hidden", "ffn"),
 }
 _STARCODER2 = _SPLIT | {"mlp.c_fc": ("ffn", "hidden"), "mlp.c_proj": ("hidden", "ffn")}
+# A stack of experts -> the stacks that llama.cpp has of it, rows after rows.
+_MOE = {
+    "mlp.experts.gate_up_proj": (("mlp.experts.gate_proj", "expert", "hidden"), ("mlp.experts.up_proj", "expert", "hidden")),
+    "mlp.experts.down_proj": (("mlp.experts.down_proj", "hidden", "expert"),),
+}
 _GPT2 = {
     "attn.c_attn": ("qkv", "hidden"),
     "attn.c_proj": ("hidden", "q"),
@@ -55,6 +60,7 @@ class Architecture:
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     conv1d: bool = False  # weights stand transposed in the model; the factors of an adapter do not
+    stacks: Mapping[str, tuple[tuple[str, str, str], ...]] = field(default_factory=dict)  # of experts, in every block
 
 
 ARCHITECTURES = {
@@ -64,6 +70,7 @@ ARCHITECTURES = {
     "smollm3": Architecture("smollm3", _LLAMA, reordered=True, tied=True),
     "qwen2": Architecture("qwen2", _LLAMA),
     "qwen3": Architecture("qwen3", _LLAMA),
+    "qwen3_moe": Architecture("qwen3moe", _SPLIT, stacks=_MOE),
     "olmo2": Architecture("olmo2", _LLAMA),
     "gemma": Architecture("gemma", _LLAMA, tied=True),
     "gemma2": Architecture("gemma2", _LLAMA, tied=True),
@@ -84,6 +91,7 @@ class Weight:
     columns: int
     heads: int = 0  # whose rows are reordered; 0: none are
     lookup: bool = False  # an embedding
+    experts: int = 0  # a stack of so many matrices
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class Base:
     architecture: Architecture
     weights: dict[str, Weight]  # by Hugging Face's name
     tied: bool
+    stacks: dict[str, tuple[Weight, ...]] = field(default_factory=dict)  # of experts: by the parameter of transformers' model
 
     @property
     def ends(self) -> tuple[str, str]:
@@ -123,7 +132,7 @@ def base_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> Base:
     Raises:
         AdapterError: for a model type that is not in `ARCHITECTURES`, or a config without the sizes.
     """
-    config = config if isinstance(config, Mapping) else _json(Path(config))
+    config = config if isinstance(config, Mapping) else config_of(config)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise AdapterError(
@@ -133,20 +142,46 @@ def base_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> Base:
     architecture = ARCHITECTURES[kind]
     tied = config.get("tie_word_embeddings")
     tied = architecture.tied if tied is None else bool(tied)
-    found = _weights(architecture, _sizes(config))
+    sizes = _sizes(config)
+    found = _weights(architecture, sizes)
     tied = tied or _HEAD not in found  # Gemma's GGUF has no head of its own, whatever the config says
     for layer in (architecture.embedding, _HEAD) if tied else ():
         found.pop(layer, None)
-    return Base(kind, architecture, found, tied)
+    return Base(kind, architecture, found, tied, _stacks(architecture, sizes, config) if architecture.stacks else {})
 
 
-def _weights(architecture: Architecture, sizes: dict[str, int]) -> dict[str, Weight]:
+def _stacks(architecture: Architecture, sizes: dict[str, int], config: Mapping[str, Any]) -> dict[str, tuple[Weight, ...]]:
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        return {}  # a GGUF of it has dense blocks among the others: not tried
+    experts, width = config.get("num_experts", config.get("num_local_experts")), config.get("moe_intermediate_size")
+    if type(experts) is not int or type(width) is not int:
+        raise AdapterError(f"the base's config has num_experts {experts!r} and moe_intermediate_size {width!r}: expected two numbers")
+    sizes, names = {**sizes, "expert": width}, _names(architecture, sizes)
+    found = {}
+    for block in range(sizes["blocks"]):
+        for stack, parts in architecture.stacks.items():
+            weights = []
+            for name, rows, columns in parts:
+                layer = f"{architecture.blocks}.{block}.{name}"
+                tensor = names.get_name(f"{layer}.weight", (".weight",))
+                if tensor is None:
+                    raise AdapterError(f"the installed gguf {version()} knows no tensor for {layer}.weight: update it")
+                weights.append(Weight(layer, tensor, sizes[rows], sizes[columns], experts=experts))
+            found[f"{architecture.blocks}.{block}.{stack}"] = tuple(weights)
+    return found
+
+
+def _names(architecture: Architecture, sizes: dict[str, int]) -> Any:
+    """gguf's map of tensor names."""
     gguf = package()
     number = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.gguf), None)
     if number is None:
         raise AdapterError(f"the installed gguf {version()} does not know the architecture {architecture.gguf}: update it")
-    names = gguf.get_tensor_name_map(number, sizes["blocks"])
+    return gguf.get_tensor_name_map(number, sizes["blocks"])
 
+
+def _weights(architecture: Architecture, sizes: dict[str, int]) -> dict[str, Weight]:
+    names = _names(architecture, sizes)
     found: dict[str, Weight] = {}
 
     def add(layer: str, rows: str, columns: str, **more: Any) -> None:
@@ -219,7 +254,9 @@ def version() -> str:
     return version("gguf")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def config_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The contents of a config.json, by its path or its directory's."""
+    path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.exists():
         raise AdapterError(f"{file} is not there; expected the config.json of the base model, or its directory")

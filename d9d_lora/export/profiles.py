@@ -15,13 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from d9d_lora.export.experts import products_of_stacks
 from d9d_lora.export.fold import Folded, fold_scale
-from d9d_lora.export.low_rank import Product, error_of, peft_type, read_products
+from d9d_lora.export.low_rank import Product, error_of, peft_type, projected, read_products
 from d9d_lora.export.mlx import mlx_faults, write_mlx
 from d9d_lora.export.plain import appear, plain_config, write_plain
 from d9d_lora.export.sketch import Layer, Sketch, base_config, sketch_of_directory
 from d9d_lora.state.peft_config import CONFIG, WEIGHTS, AdapterError
 from d9d_lora.state.peft_read import read_adapter_config
+from d9d_lora.targets import named
 
 SHOWN = 4
 _MERGE = "or merge the adapter (profile=merged)"
@@ -84,7 +86,10 @@ def _plain_faults(sketch: Sketch, rank: int | None, who: str, most: int | None =
     if shifts := _some(n for n, la in sketch.layers.items() if la.shift):
         faults.append(f"{shifts}: the bias of B (lora_bias); {who} has no place for it. Train without it, {_MERGE}")
     if odd := _some(n for n, la in sketch.layers.items() if not la.matrix):
-        faults.append(f"{odd}: no matrices (convolutions, fused experts); this profile does not write them. Leave them out, {_MERGE}")
+        faults.append(
+            f"{odd}: no matrices (convolutions, or stacks of experts that no base at hand holds one by one: give model.path=...); this "
+            f"profile does not write them. Leave them out, {_MERGE}"
+        )
     if sketch.replicated:
         faults.append(f"layer_replication: {who} loads a base whose layers stand there once. Save the replicated model as a base")
     if rank is None:
@@ -118,6 +123,9 @@ def _some(names: Any) -> str:
 
 
 def _products(job: Job) -> dict[str, Product]:
+    if peft_type(job.adapter) == "LORA" and read_adapter_config(job.adapter).get("target_parameters"):
+        rank = job.rank
+        return products_of_stacks(job.adapter, job.base, lambda p: p if rank is None else projected(p, rank))
     return read_products(job.adapter, job.base, rank=job.rank)
 
 
@@ -157,9 +165,12 @@ def _peft_faults(sketch: Sketch, rank: int | None) -> list[str]:
 
 
 def _names(config: Mapping[str, Any], products: Mapping[str, Product]) -> list[str]:
-    """The targets as they were, where they are names; else every layer by its full name."""
+    """The targets as they were, where they are names, and the last names of what these do not name; else every layer by its full name."""
     given = config.get("target_modules")
-    return sorted(given) if isinstance(given, list) else sorted(products)
+    if not isinstance(given, list):
+        bare = config.get("target_parameters")
+        return sorted({name.rpartition(".")[2] for name in products} if bare else products)
+    return sorted({*given, *(name.rpartition(".")[2] for name in products if not named(name, frozenset(given)))})
 
 
 # -- vLLM -----------------------------------------------------------------------------------------------------------------------
@@ -260,6 +271,8 @@ def _llamacpp_faults(sketch: Sketch, rank: int | None) -> list[str]:
     if not sketch.base:
         return [*faults, "llama.cpp's names follow from the base's config: give model.path=..."]
     config = {"peft_type": "LORA", "target_modules": sorted(sketch.layers), "bias": "none"}
+    if rank is not None and (lone := _some(n for n in sketch.layers if ".experts." in n)):
+        faults.append(f"{lone}: experts are written to GGUF as stacks, and projected one by one; leave rank out, {_MERGE}")
     return faults + [f for f in refusals(config, None, sketch.base) if f not in faults]
 
 

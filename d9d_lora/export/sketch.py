@@ -12,16 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d9d_lora.export.experts import experts_of_base, spread
 from d9d_lora.export.low_rank import BaseShapes, peft_type, skeleton
 from d9d_lora.layers import AdaptedEmbedding, AdaptedLayer, AdaptedLinear
 from d9d_lora.layers.tied import TiedHead
 from d9d_lora.methods.delta import Delta
 from d9d_lora.methods.dora import DoRADelta
+from d9d_lora.methods.grouped import GroupedDelta
 from d9d_lora.methods.lora import LoRADelta
+from d9d_lora.methods.merged import MergedDelta
 from d9d_lora.replicate import restacked
+from d9d_lora.state.expert_base import outline_of
 from d9d_lora.state.names import BASE, PEFT_PREFIX, clean
 from d9d_lora.state.peft_config import WEIGHTS
-from d9d_lora.state.peft_read import meanings
+from d9d_lora.state.peft_kinds.lora import layer_meanings, parameters_of
+from d9d_lora.state.peft_read import read_adapter_config, reading_of
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.state.untrusted import read_json
 from d9d_lora.walk import adapted_layers
@@ -79,7 +84,11 @@ class Sketch:
         if base is None:
             return self
         with open_checkpoint(base) as files:
-            return replace(self, base=base_config(base), sizes=BaseShapes(files).all())
+            stacked = any(not layer.matrix for layer in self.layers.values())
+            layers = spread(self.layers, experts_of_base(base, files)) if stacked else self.layers
+            sizes = BaseShapes(files).all()
+            single = {n: replace(la, matrix=True) for n, la in layers.items() if n not in self.layers and len(sizes.get(n, ())) == 2}
+            return replace(self, layers={**layers, **single}, base=base_config(base), sizes=sizes)
 
 
 def base_config(base: Path) -> dict[str, Any]:
@@ -102,7 +111,9 @@ def sketch_of_model(model: nn.Module) -> Sketch:
 
 
 def _layer(layer: AdaptedLayer) -> Layer:
-    delta = layer.delta
+    delta: Delta = layer.delta
+    if isinstance(delta, GroupedDelta):
+        delta = delta.low
     matrix = isinstance(layer, (AdaptedLinear, AdaptedEmbedding)) and not isinstance(layer, TiedHead)
     low = delta.low if isinstance(delta, DoRADelta) else delta
     rank = None if delta.has_gain else product_rank(layer, low)
@@ -111,6 +122,8 @@ def _layer(layer: AdaptedLayer) -> Layer:
 
 def product_rank(layer: AdaptedLayer, delta: Delta) -> int | None:
     """R of dW = s B[O,R] A[R,I]; None if dW is no product. Asks the delta with factors that have shapes only."""
+    if isinstance(delta, MergedDelta) and isinstance(layer.delta, GroupedDelta):
+        return sum(delta.enabled) * (product_rank(layer, delta.low) or 0)
     if isinstance(delta, LoRADelta):  # also of one whose start moved the base, which is written with twice the rank
         return delta.r * (2 if delta.moves_base else 1)
     out, into = layer.out_size, layer.in_size
@@ -130,7 +143,7 @@ def sketch_of_directory(adapter: Path, base: Path | None = None) -> Sketch:
         AdapterError, CheckpointError: what cannot be read; an adapter of another type than LoRA is read with the base's sizes only.
     """
     if peft_type(adapter) == "LORA":
-        sketch = _sketch_of_lora(adapter).on(base)
+        sketch = _sketch_of_lora(adapter, base).on(base)
         return replace(sketch, copies=tuple(name for name in sketch.copies if base is None or not _is_base(adapter, base, name)))
     files = open_checkpoint(base) if base is not None else None
     try:
@@ -150,13 +163,21 @@ def _is_base(adapter: Path, base: Path, layer: str) -> bool:
         return torch.equal(ours.read(key).to(theirs.dtype(name)), theirs.read(name))
 
 
-def _sketch_of_lora(adapter: Path) -> Sketch:
-    config, parts, layers = meanings(adapter)
+def _sketch_of_lora(adapter: Path, base: Path | None) -> Sketch:
+    config = read_adapter_config(adapter)
+    stacked = bool(config.get("target_parameters"))
+    if stacked and base is None:  # which key is which parameter stands in the model only
+        return Sketch({name: Layer("lora", config["r"], 1.0, matrix=False) for name in config["target_parameters"]})
     with open_checkpoint(adapter / WEIGHTS) as files:
-        matrix = {name: len(files.shape(pair["A"])) == 2 for name, pair in parts.factors.items()}
+        reading = reading_of(adapter, config, files, outline_of(base_config(base)) if stacked and base is not None else None)
+        names = parameters_of(reading) if stacked else {}
+        parts, layers = reading.parts, layer_meanings(reading, names)
+        matrix = {name: name not in names and len(files.shape(pair["A"])) == 2 for name, pair in parts.factors.items()}
     dora = bool(config.get("use_dora"))
     found = {
-        name: Layer("lora", None if dora else m.r, m.scaling, name in parts.lookups, matrix[name], dora, name in parts.shifts)
+        names.get(name, name): Layer(
+            "lora", None if dora else m.r, m.scaling, name in parts.lookups, matrix[name], dora, name in parts.shifts
+        )
         for name, m in layers.items()
     }
     loose = {name.rpartition(".")[0] for name in parts.others if name.rpartition(".")[2] == "bias"} - set(parts.whole)

@@ -26,17 +26,21 @@ from d9d_lora.layers.parameter import Held as Parameter
 from d9d_lora.layers.shared import SharedFactor
 from d9d_lora.method import PeftMethod
 from d9d_lora.methods.delta import Delta, DoesNotFit
+from d9d_lora.methods.grouped import GroupedDelta
 from d9d_lora.methods.merged import found as with_slices
 from d9d_lora.methods.stack import PeftStack
 from d9d_lora.methods.vblora import INDICES, VBLoRADelta, logits_of
 from d9d_lora.methods.vblora import WEIGHTS as TOP
 from d9d_lora.placement import at_least_fp32
+from d9d_lora.state import expert_layouts
+from d9d_lora.state.expert_base import outline_of
 from d9d_lora.state.merge_edit import Factors, Form, Held
 from d9d_lora.state.names import BASE
 from d9d_lora.state.native_format import METHOD, method_of_trained
 from d9d_lora.state.native_format import WEIGHTS as NATIVE
 from d9d_lora.state.peft_config import AdapterError
 from d9d_lora.state.peft_kinds import DIALECTS, Dialect
+from d9d_lora.state.peft_kinds.lora import parameters_of
 from d9d_lora.state.peft_read import open_weights, read_adapter_config, reading_of
 from d9d_lora.state.safetensors_dir import CheckpointFiles, open_checkpoint
 from d9d_lora.state.untrusted import inside
@@ -66,6 +70,7 @@ class Site:
         name: Of the layer, or of the parameter.
         held: The keys of the file that are its factors.
         lookup: The layer is an embedding; None: the file does not say.
+        turned: Of a stack of matrices, whether it is stored [E, in, out]; None: nothing here says.
         base_copy: The base weight, where the file has it.
     """
 
@@ -76,6 +81,7 @@ class Site:
     held: frozenset[str]
     lookup: bool | None = False
     parameter: bool = False
+    turned: bool | None = None
     base_copy: Held | None = None
     layer: AdaptedLayer | None = None  # once its form is settled: `settle`
 
@@ -90,7 +96,7 @@ class Site:
     def ways(self, shape: tuple[int, ...]) -> dict[Form, AdaptedLayer]:
         """The forms in which a weight of this shape would have factors as the file has them, each with its adapted layer, on meta."""
         found: dict[Form, AdaptedLayer] = {}
-        for form, kind, base in _bases(shape, lookup=self.lookup, parameter=self.parameter, name=self.name):
+        for form, kind, base in _bases(shape, lookup=self.lookup, parameter=self.parameter, transposed=self.turned):
             try:
                 layer = kind(base, self.adapter.delta_of(self, base, kind), name=self.name, seed=0)
             except DoesNotFit:
@@ -173,21 +179,39 @@ class Adapter:
         return factor.weight.detach()
 
 
-def open_adapter(path: Path, there: list[str], model_config: Mapping[str, Any]) -> Adapter:
-    """Opens an adapter's files. `there`: the names of the base's tensors.
+def open_adapter(path: Path, there: list[str], model_config: Mapping[str, Any], model: nn.Module | None = None) -> Adapter:
+    """Opens an adapter's files.
+
+    Args:
+        there: The names of the base's tensors.
+        model: Its model on meta, if it is at hand; it is made where an adapter of bare parameters needs it.
 
     Raises:
         AdapterError, CheckpointError: what cannot be followed, and why.
     """
     if (path / METHOD).is_file():
-        return _open_native(path, there, model_config)
-    return _open_peft(path, model_config)
+        adapter = _open_native(path, there, model_config)
+    else:
+        adapter = _open_peft(path, model_config, model)
+    for site in adapter.sites if model is not None else ():
+        if site.parameter:
+            site.turned = _turned(model, site.name)
+    return adapter
+
+
+def _turned(model: nn.Module | None, name: str) -> bool | None:
+    """How the module itself says that a stack is stored."""
+    try:
+        owner = model.get_submodule(name.rpartition(".")[0]) if model is not None else None
+    except AttributeError:
+        return None
+    return None if owner is None else bool(getattr(owner, "is_transposed", False))
 
 
 # -- PEFT's formats ------------------------------------------------------------------------------------------------------------------
 
 
-def _open_peft(path: Path, model_config: Mapping[str, Any]) -> Adapter:
+def _open_peft(path: Path, model_config: Mapping[str, Any], model: nn.Module | None) -> Adapter:
     config = read_adapter_config(path)
     dialect = DIALECTS[config["peft_type"]]
     if replication := config.get("layer_replication"):
@@ -195,17 +219,15 @@ def _open_peft(path: Path, model_config: Mapping[str, Any]) -> Adapter:
             f"layer_replication = {replication}: copies of a layer share one weight and have an adapter each, so no merged "
             "weight can hold them all. Serve the adapter unmerged"
         )
-    if parameters := config.get("target_parameters"):
-        raise AdapterError(
-            f"target_parameters = {parameters}: which factors belong to which parameter stands in the model only. Load the adapter into "
-            "the model, and merge there (merge_peft, or save_merged)"
-        )
+    if config.get("target_parameters"):  # [Note: a parameter's key]
+        model = model or outline_of(model_config)
     files = open_weights(path)
     try:
-        reading = reading_of(path, config, files)
+        reading = reading_of(path, config, files, model if config.get("target_parameters") else None)
         parts = reading.parts
         try:
             method = dialect.method(reading)
+            bare = parameters_of(reading) if config.get("target_parameters") else {}
         except AdapterError:
             raise
         except (ValueError, TypeError, OverflowError) as error:
@@ -219,6 +241,10 @@ def _open_peft(path: Path, model_config: Mapping[str, Any]) -> Adapter:
         heads = {name for name in parts.factors if adapter.ties_alike and not method.config.wants(name)}  # as the embedding
         for name, factors in parts.factors.items():
             if name in heads:
+                continue
+            if name in bare:
+                keys, fused = partial(_fused_keys, factors), frozenset(factors.values())
+                adapter.sites.append(Site(bare[name], adapter, method, keys, fused, parameter=True, turned=_turned(model, bare[name])))
                 continue
             held = {*factors.values(), *(found[name] for found in (parts.magnitudes, parts.shifts) if name in found)}
             copy = parts.base_copies.get(name)
@@ -237,6 +263,17 @@ def _open_peft(path: Path, model_config: Mapping[str, Any]) -> Adapter:
         files.close()
         raise
     return adapter
+
+
+def _fused_keys(factors: Mapping[str, str], layer: AdaptedLayer) -> dict[str, Key]:
+    """Of a parameter: a matrix, or a stack of n, whose factors are fused (`expert_layouts.py`)."""
+    n = layer.delta.n if isinstance(layer.delta, GroupedDelta) else 1
+    out, into, r = layer.out_size // n, layer.in_size, layer.delta.sizes(layer.out_size, layer.in_size)["R"]
+    stack = isinstance(layer.delta, GroupedDelta)
+    return {
+        "lora_A": Key(factors["A"], (n * r, into), partial(expert_layouts.from_fused_A, experts=n) if stack else None),
+        "lora_B": Key(factors["B"], (out, r * n), partial(expert_layouts.from_fused_B, experts=n) if stack else None),
+    }
 
 
 def _peft_keys(dialect: Dialect, config: dict[str, Any], layer: AdaptedLayer) -> dict[str, Key]:
@@ -326,14 +363,21 @@ def _native_keys(owner: str, held: set[str], layer: AdaptedLayer) -> dict[str, K
 # -- layers of which only the shape is known ---------------------------------------------------------------------------------------------
 
 
+class _Stack(AdaptedStack):
+    """A stack whose adapter was trained in a layer that has an input, so that its config may have a dropout."""
+
+    sees_input = True
+
+
 def _bases(
-    shape: tuple[int, ...], *, lookup: bool | None, parameter: bool, name: str
+    shape: tuple[int, ...], *, lookup: bool | None, parameter: bool, transposed: bool | None
 ) -> list[tuple[Form, type[AdaptedLayer], nn.Module]]:
     """The layers, on meta, whose weight may be stored with this shape."""
     with torch.device("meta"):
         if parameter:
-            forms: list[Form] = ["OI"] if len(shape) == 2 else ["EOI", "EIO"] if len(shape) == 3 else []
-            kind = AdaptedStack if len(shape) == 3 else AdaptedParameter
+            stacks: list[Form] = ["EOI", "EIO"] if transposed is None else ["EIO"] if transposed else ["EOI"]
+            forms: list[Form] = ["OI"] if len(shape) == 2 else stacks if len(shape) == 3 else []
+            kind = _Stack if len(shape) == 3 else AdaptedParameter
             return [(form, kind, _parameter(shape, turned=form == "EIO")) for form in forms]
         if lookup:
             return [("IO", AdaptedEmbedding, nn.Embedding(*shape))] if len(shape) == 2 else []

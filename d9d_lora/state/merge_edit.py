@@ -125,12 +125,14 @@ class Add:
         factors: Gives every factor whole.
         form: How the weight is stored.
         onto: What the update is added to, if not the base's own tensor.
+        at: The row of the delta's matrix that is the tensor's first, of a tensor that is some rows of it.
     """
 
     delta: Delta
     factors: Factors
     form: Form = "OI"
     onto: Held | None = None
+    at: int = 0
 
     def origin(self, base: Held) -> Held:
         return self.onto or base
@@ -196,7 +198,7 @@ class Add:
 
     def _box(self, rows: slice, shape: tuple[int, ...]) -> tuple[slice, slice]:
         if self.form == "OI":
-            return rows, slice(0, math.prod(shape[1:]))
+            return slice(rows.start + self.at, rows.stop + self.at), slice(0, math.prod(shape[1:]))
         if self.form == "IO":
             return slice(0, shape[1]), rows
         out, into = shape[1:] if self.form == "EOI" else shape[:0:-1]

@@ -20,6 +20,7 @@ import torch
 
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.state.adapter_sites import Adapter, Site, open_adapter
+from d9d_lora.state.expert_base import WithStacks, experts_of, one_by_one
 from d9d_lora.state.merge_edit import FLOATS, Add, Edit, Form, Held, Replace, Shift, Source
 from d9d_lora.state.merge_quantised import plain_source
 from d9d_lora.state.peft_config import AdapterError
@@ -67,10 +68,14 @@ def plan_merge(adapter: Path, files: CheckpointFiles, config: Mapping[str, Any],
             side, a vocabulary that only some of its tensors have, or a quantised base without `dequantise`.
     """
     plain = plain_source(files, config, dequantise=dequantise)
-    held = open_adapter(adapter, plain.names, config)
+    base: Source = plain.source
+    experts = experts_of(config, plain.names)
+    there = [*plain.names, *(experts.names if experts else ())]
+    held = open_adapter(adapter, there, config, experts.model if experts else None)
     try:
-        base: Source = plain.source
-        edits, vocabulary = _Planner(held, base, plain.names, config).edits()
+        source = WithStacks(base, experts) if experts else base
+        edits, vocabulary = _Planner(held, source, there, config).edits()
+        edits = one_by_one(edits, experts, base) if experts else edits
     except BaseException:
         held.close()
         raise
@@ -147,7 +152,7 @@ class _Planner:
         fan, family = self.adapter.fan_in_fan_out, str(self.config.get("model_type"))
         if stacks := [name for name, forms in found.items() if forms == ["EOI", "EIO"]]:
             raise AdapterError(
-                f"{stacks[:3]} are stacks of square matrices, and nothing in the files says whether they are stored transposed. Merge in "
+                f"{stacks[:3]} are stacks of square matrices, and nothing here says whether they are stored transposed. Merge in "
                 "memory (inject, load the adapter, merge_peft), where the module itself tells."
             )
         square = [name for name, forms in found.items() if forms == ["OI", "IO"]]

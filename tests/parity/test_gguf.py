@@ -42,7 +42,8 @@ def base(kind):
         sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
         config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
     else:
-        config = transformers.AutoConfig.for_model(kind, **SMALL)
+        moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True, "head_dim": 8}
+        config = transformers.AutoConfig.for_model(kind, **SMALL, **(moe if kind == "qwen3_moe" else {}))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -65,6 +66,12 @@ def write_base(model, path):
     writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
     writer.add_layer_norm_eps(1e-5)
+    if kind == "qwen3_moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     if kind != "gpt2":
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(VOCABULARY)
@@ -75,7 +82,12 @@ def write_base(model, path):
     writer.add_token_types([2, 3, 3, *[1] * (VOCABULARY - 3)])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    for key, value in model.state_dict().items():
+    tensors = dict(model.state_dict())
+    for key in [key for key in tensors if key.endswith("experts.gate_up_proj")]:
+        gate, up = tensors.pop(key).chunk(2, 1)
+        tensors |= {key.replace("gate_up", "gate") + ".weight": gate, key.replace("gate_up", "up") + ".weight": up}
+        tensors[key.replace("gate_up", "down") + ".weight"] = tensors.pop(key.replace("gate_up", "down"))
+    for key, value in tensors.items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if kind == "gpt2" and key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
@@ -140,6 +152,14 @@ CASES = {
     },
     "embedding and head": {"target_modules": ["embed_tokens", "lm_head"]},
 }
+EXPERTS = {
+    "experts": {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    "experts, ranks and alphas by pattern": {
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "rank_pattern": {"experts.down_proj": 3},
+        "alpha_pattern": {"layers.1.mlp.experts.gate_up_proj": 11},
+    },
+}
 
 
 def save(model, path):
@@ -168,6 +188,27 @@ def test_llama_cpp_has_our_log_probabilities(kind, cases, tmp_path, proof, monke
         proof("GGUF", f"lora, {case}, {kind}", "written", by="xllamacpp", compared="log-probabilities", difference=difference)
     moved = (llama.log_probabilities(len(cases)) - log_probabilities(models[0])).abs().max()
     assert moved > 0.01 if kind == "llama" else moved < allowed
+
+
+def test_llama_cpp_has_our_experts(tmp_path, proof, monkeypatch):
+    write_base(base("qwen3_moe"), tmp_path / "base.gguf")
+    models = [adapted("qwen3_moe", case) for case in EXPERTS.values()]
+    for i, model in enumerate(models):
+        write_gguf(save(model, tmp_path / f"{i}"), tmp_path / f"{i}.gguf", base_config=model.config.to_dict())
+    with pytest.raises(AdapterError, match="written as GGUF and not read back"):
+        read_gguf(tmp_path / "0.gguf", models[0].config.to_dict())
+    monkeypatch.setattr(ours.experts, "from_fused_B", lambda B, n: B.unflatten(1, (n, -1)).permute(1, 2, 0))  # the mutation: as A is
+    write_gguf(tmp_path / "0", tmp_path / "mutated.gguf", base_config=models[0].config.to_dict())
+    llama = Llama(tmp_path / "base.gguf", [*(tmp_path / f"{i}.gguf" for i in range(2)), tmp_path / "mutated.gguf"])
+    plain = log_probabilities(base("qwen3_moe"))
+    assert (llama.log_probabilities(None) - plain).abs().max() < 1e-4
+    for i, (case, model) in enumerate(zip(EXPERTS, models)):
+        wanted = log_probabilities(model)
+        difference = (llama.log_probabilities(i) - wanted).abs().max()
+        assert difference < 1e-4
+        assert (wanted - plain).abs().max() > 0.1
+        proof("GGUF", f"lora, {case}, qwen3_moe", "written", by="xllamacpp", compared="log-probabilities", difference=difference)
+    assert (llama.log_probabilities(2) - log_probabilities(models[0])).abs().max() > 0.01
 
 
 def write_foreign(path, tensors, alpha=6.0, **fields):
@@ -267,6 +308,7 @@ def meaning(config, layer):
 
 def base_config(kind, tied=False):
     sizes = dict(SMALL, tie_word_embeddings=tied, model_type=kind)
+    sizes |= {"num_experts": 4, "moe_intermediate_size": 24} if kind == "qwen3_moe" else {}
     return sizes | {"n_embd": 32, "n_layer": 2, "n_head": 4} if kind == "gpt2" else sizes
 
 
