@@ -2,7 +2,7 @@
 
     context = ContextParallel(mesh["cp"])
     context.prepare(model)                                # after the injection: attention becomes one over all ranks' tokens
-    inputs, targets = context.split(input_ids, labels)    # every rank gives the same rows, and gets its tokens of them
+    inputs, targets = context.split(input_ids, targets=shift_labels(labels))      # every rank gives the same rows, and gets its tokens
     loss = cross_entropy(model(**inputs).logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum") / all_targets
 
 No source of the model is patched: attention is chosen by name in transformers' registry. What the split must keep right:
@@ -42,11 +42,11 @@ class Split(NamedTuple):
 
     Attributes:
         inputs: For the model's forward.
-        targets: What each position should say next, [b, n], or None; already shifted: do not give them to the model as `labels`.
+        targets: What each position should say next, [b, n]; already shifted: do not give them to the model as `labels`.
     """
 
     inputs: dict[str, Any]
-    targets: Tensor | None
+    targets: Tensor
 
 
 class ContextParallel:
@@ -94,31 +94,41 @@ class ContextParallel:
                 )
         return f"{self.kind} ({self.why})"
 
-    def split(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None, *, pad_id: int = 0) -> Split:
+    def split(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        targets: Tensor | None = None,
+        *,
+        packed: bool | None = None,
+        pad_id: int = 0,
+    ) -> Split:
         """Rows [b, N], the same on all ranks of the mesh -> this rank's n tokens of each.
 
         Args:
-            labels: At their own token, as a batch has them; -100 is not trained.
             position_ids: Counted from 0 in each document of a packed row; None: the row is one document. Documents do not see one another.
+            targets: What each position should say next: `shift_labels(labels)` of the whole rows; -100 is not trained.
+            packed: Whether there may be several documents; None: it is looked up, which an accelerator must be waited for.
             pad_id: Fills rows on the right up to a multiple of 2 P; seen by no token.
         """
         rows, length = input_ids.shape
         more = -length % self.row_multiple
         positions = torch.arange(length, device=input_ids.device).expand(rows, -1) if position_ids is None else position_ids
-        if labels is not None:
-            labels = torch.cat([labels[:, 1:], labels.new_full((rows, 1 + more), IGNORE)], 1)
-        packed = bool((positions[:, 1:] == 0).any())
+        targets = torch.full_like(input_ids, IGNORE) if targets is None else targets
+        if packed is None:
+            packed = position_ids is not None and bool((positions[:, 1:] == 0).any())
         if more:
             after = torch.arange(more, device=input_ids.device).expand(rows, -1)
             positions = torch.cat([positions, after if packed else positions[:, -1:] + 1 + after], 1)
             input_ids = torch.cat([input_ids, input_ids.new_full((rows, more), pad_id)], 1)
+            targets = torch.cat([targets, targets.new_full((rows, more), IGNORE)], 1)
         inputs = {"input_ids": self.share(input_ids), "position_ids": self.share(positions), "use_cache": False}
         if packed:
             inputs["attention_mask"] = (positions == 0).cumsum(-1)[:, None, None]  # [Note: documents] in `attention`
         clock = None if self._model is None else clock_of(self._model)
         if clock is not None:
             clock.context, clock.share = self.mesh, Share(self.parts, self.part, rows, more)
-        return Split(inputs, None if labels is None else self.share(labels))
+        return Split(inputs, self.share(targets))
 
     @property
     def row_multiple(self) -> int:
@@ -128,6 +138,11 @@ class ContextParallel:
     def share(self, t: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of whole rows."""
         return share_of(t, self.part, self.parts, dim)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Adds a small tensor over the ranks that share rows, in place."""
+        dist.all_reduce(values, group=self.mesh.get_group())
+        return values
 
     @contextmanager
     def off(self) -> Iterator[None]:

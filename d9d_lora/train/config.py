@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
+from d9d_lora.context.model import Attention
 from d9d_lora.layers.chooser import Choice, ColumnPath
 from d9d_lora.registry import config_from, kinds, resolve
 from d9d_lora.train.data import DataConfig
@@ -61,7 +62,10 @@ class ParallelConfig(Strict):
     dp_replicate: int = Field(1, ge=1, description="replicas that hold all of the model (HSDP with dp_shard > 1)")
     dp_shard: int = Field(-1, ge=-1, description="FSDP2 shards; -1: what the other degrees leave")
     ep: int = Field(1, ge=1, description="of the dp_shard ranks, neighbours that hold different experts; divides dp_shard (only 1 as yet)")
-    cp: int = Field(1, ge=1, description="ranks that hold different tokens of the same documents (only 1 as yet)")
+    cp: int = Field(1, ge=1, description="ranks that hold different tokens of the same rows")
+    cp_attention: Attention = Field(
+        "auto", description="how those tokens meet: ulysses (all-to-alls; cp divides the heads), gather (keys and values), ring (torch's)"
+    )
     tp: int = Field(1, ge=1, description="tensor-parallel ranks")
     sequence_parallel: bool = Field(False, description="between layers, shard the tokens over the tensor-parallel ranks")
     adapters: Literal["auto", "shard", "replicate"] = Field(
@@ -77,9 +81,8 @@ class ParallelConfig(Strict):
 
     def resolved(self, world: int) -> "ParallelConfig":
         """With dp_shard a number, or an error that says which degrees would fit `world` processes."""
-        if self.cp > 1 or self.ep > 1:
-            axis = "cp" if self.cp > 1 else "ep"
-            raise ValueError(f"parallel.{axis}={getattr(self, axis)}: not in the trainer yet; leave it 1, and use dp_shard, tp or pp")
+        if self.ep > 1:
+            raise ValueError(f"parallel.ep={self.ep}: not in the trainer yet; leave it 1, and use dp_shard, tp or pp")
         others = self.pp * self.dp_replicate * self.cp * self.tp
         shard = world // others if self.dp_shard == -1 else self.dp_shard
         if self.dp_shard == 0 or others * shard != world:
@@ -98,6 +101,7 @@ class ParallelConfig(Strict):
         if not self.sequence_parallel and self.column == "rank_space":
             raise ValueError("parallel.column=rank_space keeps shards of tokens: give sequence_parallel=true with it, or column=auto")
         self._check_pipeline()
+        self._check_context()
         return self.model_copy(update={"dp_shard": shard})
 
     def column_path(self, *, recomputed: bool) -> ColumnPath:
@@ -108,9 +112,22 @@ class ParallelConfig(Strict):
         return tuple(getattr(self, axis) for axis in axes)
 
     @property
+    def shards(self) -> int:
+        """Parts that FSDP2 cuts a parameter into: ranks with other rows, and those with other tokens of the same rows."""
+        return self.dp_shard * self.cp
+
+    @property
     def stages(self) -> int:
         """Pipeline stages, over all ranks."""
         return self.pp * self.stages_per_rank
+
+    def _check_context(self) -> None:
+        if self.cp == 1 and self.cp_attention != "auto":
+            raise ValueError("parallel.cp_attention needs parallel.cp > 1, and would be ignored without it")
+        if self.cp > 1 and self.pp > 1:
+            raise ValueError("parallel.cp cannot go with parallel.pp yet: stages hand on whole rows; leave one of them 1")
+        if self.cp > 1 and self.ep > 1:
+            raise ValueError("parallel.cp cannot go with parallel.ep yet: nobody has tried; leave one of them 1")
 
     def _check_pipeline(self) -> None:
         name, several = self.schedule, self.stages_per_rank
@@ -205,6 +222,18 @@ class RunConfig(Strict):
                 "train.compile with train.activation_checkpointing and parallel.tp: torch's compiler fails at blocks that are recomputed "
                 "on tensor-parallel ranks once rows have different lengths; leave one of the three out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _context(self) -> Self:
+        if self.parallel.cp == 1:
+            return self
+        if self.model.attention != "sdpa" or self.model.path is None:
+            raise ValueError("parallel.cp is for Hugging Face models by model.path with model.attention=sdpa, and shares that attention")
+        if self.parallel.cp_attention == "ring" and self.data.packing:
+            raise ValueError("parallel.cp_attention=ring keeps no packed documents apart; use ulysses, gather or auto")
+        if self.train.compile:
+            raise ValueError("train.compile with parallel.cp: each length of rows is compiled anew, and soon given up; compile=false")
         return self
 
     @model_validator(mode="after")

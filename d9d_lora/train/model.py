@@ -256,17 +256,25 @@ def apply_data_parallel(
     `whole`: parameters that it leaves as they are on each rank; whoever trains must add their gradients (`ReplicatedSum`).
     """
     ignored = set(whole)
-    if parallel.dp_shard == 1 and all(p in ignored for p in module.parameters() if p.requires_grad):
+    if parallel.shards == 1 and all(p in ignored for p in module.parameters() if p.requires_grad):
         return  # nothing to cut, and no gradient to add
-    dp = mesh["dp_replicate", "dp_shard"] if parallel.dp_replicate > 1 else mesh["dp_shard"]
+    dp = fsdp_mesh(mesh, parallel)
 
     def cut(p: nn.Parameter) -> Shard:
-        return Shard(axis_to_cut(p, parallel.dp_shard) if p.requires_grad else 0)  # the base is read from files, by rows
+        return Shard(axis_to_cut(p, parallel.shards) if p.requires_grad else 0)  # the base is read from files, by rows
 
     for blocks in groups_that_share([block for _, block in blocks_of(module)]):
         fully_shard(blocks, mesh=dp, ignored_params=ignored, shard_placement_fn=cut)
     fully_shard(module, mesh=dp, ignored_params=ignored, shard_placement_fn=cut)
     sum_gradients(module)
+
+
+def fsdp_mesh(mesh: DeviceMesh, parallel: ParallelConfig) -> DeviceMesh:
+    """(replicas, if any; shards). Ranks with other tokens of the same rows have parts of one gradient, as those with other rows have."""
+    shards = mesh["dp_shard"] if parallel.cp == 1 else mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+    if parallel.dp_replicate == 1:
+        return shards
+    return mesh["dp_replicate", "dp_shard"] if parallel.cp == 1 else DeviceMesh._concatenate([mesh["dp_replicate"], shards])
 
 
 def sum_gradients(module: nn.Module) -> None:

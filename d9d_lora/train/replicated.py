@@ -50,7 +50,7 @@ class Choice:
 
 def choose(module: nn.Module, parallel: ParallelConfig) -> Choice:
     """For a model with adapters, before `fully_shard`; `parallel` is resolved. The same on every rank."""
-    n = parallel.dp_shard
+    n = parallel.shards
     if n * parallel.dp_replicate == 1:
         return Choice(frozenset(), False, 0, 0, "no data parallelism")
     candidates = list(candidates_of(module))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from d9d_lora.context import ContextParallel
 from d9d_lora.init.data import Step
 from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.method import PeftMethod
@@ -140,6 +141,8 @@ class Trainer:
         self._collect()
         if self.split is not None:
             self._connect(self.split)
+        if self.context is not None:
+            self.tracker.say(f"rows are shared by {world.parallel.cp} ranks: {self.context.kind} attention ({self.context.why})")
 
     def _outline(self) -> ModelStateMapper:
         """The model with its adapters, sharded, and its table; on meta, unless a callable made it. `plan/` rehearses on the same."""
@@ -165,7 +168,7 @@ class Trainer:
         whole = self._in_fp32()
         self.autocast = whole and self.dtype == torch.bfloat16
         self.choice = choose(self.model, world.parallel)
-        self.census, self.passed_over = census(self.model, world.parallel.dp_shard, self.choice), result_of.passed_over
+        self.census, self.passed_over = census(self.model, world.parallel.shards, self.choice), result_of.passed_over
         if world.parallel.sequence_parallel:
             lost = [la.name for la in adapted_layers(self.model) if la.placing.mesh is None]
             if lost:
@@ -175,6 +178,7 @@ class Trainer:
         if not self.trained_names:
             raise ValueError("nothing would be trained: the targets match, but every one has r = 0; give at least one layer a rank")
         self.split = self._cut() if world.parallel.pp > 1 else None
+        self.context = self._share_rows() if world.parallel.cp > 1 else None
         if config.train.activation_checkpointing:
             models.recompute(self.model, clock_of(self.model) if self.split else None)
         if config.train.compile:
@@ -204,8 +208,17 @@ class Trainer:
         """Puts aside what other pipeline stages hold."""
         parallel = self.world.parallel
         split = Split(self.model, parallel.stages, stages_here(parallel, self.world.pp_rank))
-        self.census["bytes_here"] = census(self.model, parallel.dp_shard, self.choice)["bytes_here"]
+        self.census["bytes_here"] = census(self.model, parallel.shards, self.choice)["bytes_here"]
         return split
+
+    def _share_rows(self) -> ContextParallel:
+        """Attention becomes one over the tokens of all context-parallel ranks."""
+        parallel, mesh = self.world.parallel, self.world.mesh
+        assert mesh is not None
+        multiple = parallel.tp if parallel.sequence_parallel else 1
+        context = ContextParallel(mesh["cp"], parallel.cp_attention, multiple=multiple)
+        context.prepare(self.model)
+        return context
 
     def _connect(self, split: Split) -> None:
         """After memory and starts: factors that all stages share begin alike, also where no layer uses them; the stages meet."""
@@ -252,7 +265,8 @@ class Trainer:
                     last = i == len(micro) - 1
                     yield Step(lambda inputs=inputs: module(**inputs), batch.filled, batch.labels != IGNORE, last)  # type: ignore[misc]
 
-        self.method.survey(module, steps(), group=world.dp_group())
+        # The bare model takes whole rows, also where training shares them: without gradients nothing is kept.
+        self.method.survey(module, steps(), group=world.group_over("dp_replicate", "dp_shard"))
         self.tracker.say(f"survey of the data: {time.monotonic() - began:.1f} s")
 
     def _seeded(self, peft: Any) -> Any:
@@ -297,6 +311,8 @@ class Trainer:
         self._resume()
         if self.config.data.packing:  # not before: a resume completes the starts that move the base
             self._check_packing()
+        if self.context is not None:
+            self.context.check(vocab_size=len(self.tokenizer), device=self.world.device, packed=self.config.data.packing)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._told_to_stop)
         check_replicas(self.params, "at the start", self.world.device)
@@ -390,15 +406,18 @@ class Trainer:
             for m in self.fsdp:
                 m.set_requires_gradient_sync(i == len(micro) - 1, recurse=False)
             self._begin(batch)
-            loss, _, _ = self.loss(batch)
-            loss = loss / targets
-            total += loss.detach()
-            loss.backward()
+            with contextlib.nullcontext() if self.context is None else self.context.running():
+                loss, _, _ = self.loss(batch)
+                loss = loss / targets
+                total += loss.detach()
+                loss.backward()
         return total
 
     def _begin(self, batch: MicroBatch, stage: int = 0) -> None:
-        """Before a forward: the time of the masks, and the seed of the base's own dropout, which alone is another on each stage."""
-        torch.manual_seed(key_of(self.config.train.seed, "ambient", self.step, batch.index, *([stage] if stage else [])))
+        """Before a forward: the time of the masks, and the seed of the base's own dropout, which alone is another on each stage, and for
+        other tokens of the same rows."""
+        other = [f"part {self.context.part}"] if self.context is not None else [stage] if stage else []
+        torch.manual_seed(key_of(self.config.train.seed, "ambient", self.step, batch.index, *other))
         for clock in self.clocks:
             clock.set(self.step, batch.index)
 
@@ -415,8 +434,9 @@ class Trainer:
         seen: list[Any] = [self.model] if self.split is None else [Alone(self.pipeline, s) for s in self.split.here]
 
         def look() -> None:
-            for model in seen:
-                check_packing(model, vocab_size=len(self.tokenizer), device=self.world.device)
+            with contextlib.nullcontext() if self.context is None else self.context.off():
+                for model in seen:
+                    check_packing(model, vocab_size=len(self.tokenizer), device=self.world.device)
 
         try:
             look() if self.split is None else together("looking whether packed documents stay apart", look)
@@ -430,7 +450,9 @@ class Trainer:
         """
         inputs, targets = batch.inputs(), shift_labels(batch.labels)
         sequence = self.world.parallel.sequence_parallel
-        if sequence and (short := -batch.input_ids.shape[1] % self.world.parallel.tp):
+        if self.context is not None:
+            inputs, targets = self.context.split(batch.input_ids, batch.position_ids, targets, packed=batch.packed, pad_id=self.pad_id)
+        elif sequence and (short := -batch.input_ids.shape[1] % self.world.parallel.tp):
             inputs, targets = self._lengthen(inputs, targets, short)
         if self.cuts_logits and not sequence:
             # Logits only where a row has a target: the head is the widest layer, and most positions teach nothing.
@@ -442,9 +464,12 @@ class Trainer:
         logits: Tensor = output.logits if hasattr(output, "logits") else output
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        asked = (targets != IGNORE).any(1)
-        right = ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(1) & asked
-        return loss, right.sum(), asked.sum()
+        asked = targets != IGNORE
+        rows = torch.stack([asked.sum(1), ((logits.argmax(-1) != targets) & asked).sum(1)])
+        if self.context is not None and not self.model.training:
+            self.context.sum(rows)  # a row is right where all its parts are
+        right = (rows[0] > 0) & (rows[1] == 0)
+        return loss, right.sum(), (rows[0] > 0).sum()
 
     def _lengthen(self, inputs: dict[str, Any], targets: Tensor, more: int) -> tuple[dict[str, Any], Tensor]:
         """Pads on the right to a multiple of the ranks that share the tokens; no real token sees the padding."""
@@ -480,7 +505,8 @@ class Trainer:
         moved = (batch.to(device) for batch in batches)
         scores = map(self.loss, moved) if self.split is None else self.pipeline.evaluate(list(moved))
         for batch, (loss, right, asked) in zip(batches, scores):  # on the last stage alone, where there are stages
-            sums += torch.stack([loss, torch.tensor(batch.target_tokens, device=device), right, asked]).to(sums)
+            here = torch.tensor(batch.target_tokens / self.world.parallel.cp, device=device)  # cp ranks have parts of a loss, and all rows
+            sums += torch.stack([loss, here, right, asked]).to(sums)
         loss, tokens, right, asked = self.world.sum_over_dp(sums, alike=("tp",)).tolist()
         mean = loss / tokens
         return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "exact_match": right / asked}
