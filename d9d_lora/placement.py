@@ -145,7 +145,7 @@ class Placing:
         return self.mesh is None or self.letter != "I" or self.mesh.get_local_rank() == 0
 
     def __str__(self) -> str:
-        names = {None: "replicated", "O": "column", "I": "row"}
+        names = {None: "replicated", "O": "column", "I": "row", "E": "experts"}
         return "local" if self.mesh is None else f"{names[self.letter]} / {self.mesh.size()}"
 
 
@@ -170,6 +170,12 @@ def place_like(
     local, _ = compute_local_shape_and_global_offset(shape, weight.device_mesh, placements)
     part = torch.empty(local, dtype=dtype, device=device or weight.to_local().device)
     return DTensor.from_local(part, weight.device_mesh, placements, run_check=False, shape=shape, stride=empty.stride())
+
+
+def ranks_of_experts(p: Tensor) -> int:
+    """Over how many ranks the experts of a stack are shared out: those of the axis `ep` of its mesh, where it has one."""
+    mesh = p.device_mesh if isinstance(p, DTensor) else None
+    return mesh["ep"].size() if mesh is not None and "ep" in (mesh.mesh_dim_names or ()) else 1
 
 
 def local_of(p: Tensor) -> Tensor:
@@ -269,7 +275,8 @@ class ReplicatedSum:
     """Adds what each rank has computed of a replicated parameter's gradient: one flat all-reduce for each set of ranks, once a step.
 
     The parts of factors that tensor parallelism replicates are added over its ranks; the gradients of parameters that data
-    parallelism replicates (FSDP2 was told to ignore them) over the ranks that see other data; where both hold, over all of them.
+    parallelism replicates (FSDP2 was told to ignore them) over the ranks that see other data; where both hold, over all of them. The
+    gradients of experts that are shared out hold the data of all ranks of `ep`, and are added over those that hold the same experts.
 
     Build it after `fully_shard`, call `reduce()` after the last backward of a step and before the clip.
     """
@@ -282,6 +289,7 @@ class ReplicatedSum:
         over_data: Sequence[nn.Parameter] = (),
         data: dist.ProcessGroup | None = None,
         both: dist.ProcessGroup | None = None,
+        experts: dist.ProcessGroup | None = None,
     ) -> None:
         """
         Args:
@@ -289,11 +297,12 @@ class ReplicatedSum:
             over_data: Trained parameters that each data-parallel rank holds whole, and nobody else reduces.
             data: The ranks that see other data and share this rank's place in the tensor-parallel mesh.
             both: Those, with their whole tensor-parallel meshes. Needed only with tensor parallelism.
+            experts: Those of `data` that hold the same experts, where experts are shared out; None: this rank alone has its own.
         """
         self._layers = [layer for layer in layers if layer.placing.mesh is not None and layer.placing.mesh.size() > 1]
         self._others = list(in_parts)
         self._over_data = {id(p): p for p in over_data}
-        self._data, self._both = data, both
+        self._data, self._both, self._experts = data, both, experts
         if self._over_data and data is None:
             raise ValueError(f"{len(self._over_data)} parameters are to be summed over data parallelism: `data`, its ranks, was not given")
         for layer in self._layers:
@@ -318,6 +327,10 @@ class ReplicatedSum:
             if id(p) not in self._over_data:
                 yield p, mesh.get_group()
         for p in self._over_data.values():
+            if ranks_of_experts(p) > 1:
+                if self._experts is not None:
+                    yield p, self._experts
+                continue
             group = self._both if id(p) in parts else self._data
             if group is None:
                 raise ValueError("a replicated parameter is a part over tensor parallelism too: `both`, the ranks of both, was not given")

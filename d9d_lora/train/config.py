@@ -61,7 +61,7 @@ class ParallelConfig(Strict):
     stages_per_rank: int = Field(1, ge=1, description="stages on each pipeline rank; more than one with the schedules that interleave them")
     dp_replicate: int = Field(1, ge=1, description="replicas that hold all of the model (HSDP with dp_shard > 1)")
     dp_shard: int = Field(-1, ge=-1, description="FSDP2 shards; -1: what the other degrees leave")
-    ep: int = Field(1, ge=1, description="of the dp_shard ranks, neighbours that hold different experts; divides dp_shard (only 1 as yet)")
+    ep: int = Field(1, ge=1, description="of the dp_shard ranks, neighbours that hold different experts; divides dp_shard")
     cp: int = Field(1, ge=1, description="ranks that hold different tokens of the same rows")
     cp_attention: Attention = Field(
         "auto", description="how those tokens meet: ulysses (all-to-alls; cp divides the heads), gather (keys and values), ring (torch's)"
@@ -81,8 +81,8 @@ class ParallelConfig(Strict):
 
     def resolved(self, world: int) -> "ParallelConfig":
         """With dp_shard a number, or an error that says which degrees would fit `world` processes."""
-        if self.ep > 1:
-            raise ValueError(f"parallel.ep={self.ep}: not in the trainer yet; leave it 1, and use dp_shard, tp or pp")
+        if self.ep > 1 and (beside := [axis for axis in ("pp", "cp", "tp") if getattr(self, axis) > 1]):
+            raise ValueError(f"parallel.ep={self.ep} with parallel.{beside[0]}: not proven yet; use ep with dp_shard and dp_replicate")
         others = self.pp * self.dp_replicate * self.cp * self.tp
         shard = world // others if self.dp_shard == -1 else self.dp_shard
         if self.dp_shard == 0 or others * shard != world:
@@ -234,6 +234,12 @@ class RunConfig(Strict):
             raise ValueError("parallel.cp_attention=ring keeps no packed documents apart; use ulysses, gather or auto")
         if self.train.compile:
             raise ValueError("train.compile with parallel.cp: each length of rows is compiled anew, and soon given up; compile=false")
+        return self
+
+    @model_validator(mode="after")
+    def _experts(self) -> Self:
+        if self.train.compile and self.parallel.ep > 1:
+            raise ValueError("train.compile with parallel.ep: how many rows travel is not known to a compiled block; leave one out")
         return self
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from d9d_lora.layers import AdaptedLayer
 from d9d_lora.placement import local_of
 from d9d_lora.quant.load import packed_tensors, quantise_, quantised, sinks
 from d9d_lora.replicate import groups_that_share
+from d9d_lora.share_experts import fully_shard_experts, shared_out
 from d9d_lora.state.expert_files import expert_mapper
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperSequential
 from d9d_lora.state.reader import LoadReport, hf_prefix_mapper, load_checkpoint, named_state
@@ -249,16 +250,25 @@ def recompute(module: nn.Module, clock: Clock | None = None) -> None:
 
 
 def apply_data_parallel(
-    module: nn.Module, mesh: DeviceMesh, parallel: ParallelConfig, whole: Collection[nn.Parameter] = frozenset()
+    module: nn.Module,
+    mesh: DeviceMesh,
+    parallel: ParallelConfig,
+    whole: Collection[nn.Parameter] = frozenset(),
+    *,
+    same_experts: DeviceMesh | None = None,
 ) -> None:
     """FSDP2 of every block and the root, HSDP if there are replicas. Gradients are summed: losses are parts of a global mean.
 
     `whole`: parameters that it leaves as they are on each rank; whoever trains must add their gradients (`ReplicatedSum`).
+    `same_experts`: the ranks that hold the same experts, where experts are shared out.
     """
     ignored = set(whole)
     if parallel.shards == 1 and all(p in ignored for p in module.parameters() if p.requires_grad):
         return  # nothing to cut, and no gradient to add
     dp = fsdp_mesh(mesh, parallel)
+
+    if same_experts is not None and shared_out(module):
+        ignored = fully_shard_experts(module, same_experts, ignored_params=ignored)
 
     def cut(p: nn.Parameter) -> Shard:
         return Shard(axis_to_cut(p, parallel.shards) if p.requires_grad else 0)  # the base is read from files, by rows

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from d9d_lora.boxes import axes_in_blocks
+from d9d_lora.placement import ranks_of_experts
 from d9d_lora.train.config import ParallelConfig
 from d9d_lora.walk import adapted_layers
 
@@ -55,7 +56,7 @@ def choose(module: nn.Module, parallel: ParallelConfig) -> Choice:
         return Choice(frozenset(), False, 0, 0, "no data parallelism")
     candidates = list(candidates_of(module))
     whole = sum(bytes_of(p) for p in candidates)
-    cut = sum(padded(p, n) for p in candidates) // n
+    cut = sum(padded(p, s) // s for p in candidates for s in [n // ranks_of_experts(p)])
     replicate, why = decide(parallel.adapters, whole, cut)
     return Choice(frozenset(candidates) if replicate else frozenset(), replicate, whole, cut, why)
 
@@ -110,4 +111,4 @@ def largest_part(p: Tensor) -> list[int]:
 
 def is_over_data(p: nn.Parameter) -> bool:
     """Whether data parallelism manages a parameter, so that its gradient is summed by FSDP2."""
-    return isinstance(p, DTensor) and any(name.startswith("dp") for name in p.device_mesh.mesh_dim_names or ())
+    return isinstance(p, DTensor) and any(name.startswith(("dp", "efsdp")) for name in p.device_mesh.mesh_dim_names or ())

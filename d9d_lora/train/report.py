@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from d9d_lora.mixture import stacks
-from d9d_lora.placement import local_of
+from d9d_lora.placement import local_of, ranks_of_experts
 from d9d_lora.quant.linear import NF4Linear
 from d9d_lora.state.names import clean
 from d9d_lora.train.config import TrackerConfig
@@ -48,7 +48,7 @@ def census(module: nn.Module, shards: int = 1, choice: Choice | None = None) -> 
         )
         row["count"] += 1
         row["elements"] += sum(p.numel() for p in params.values())
-        row["bytes_here"] += sum(local_of(p).nbytes / (1 if id(p) in whole else shards) for p in params.values())
+        row["bytes_here"] += sum(local_of(p).nbytes / (1 if id(p) in whole else shards // ranks_of_experts(p)) for p in params.values())
         seen.update(map(id, params.values()))
 
     for layer in adapted_layers(module):

@@ -32,6 +32,7 @@ from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.method import PeftMethod
 from d9d_lora.placement import ReplicatedSum, at_least_fp32, key_of
 from d9d_lora.registry import peft_method_from_config
+from d9d_lora.share_experts import share_experts
 from d9d_lora.state.atomic import RanksFailed, decided, together, write_text
 from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpoints
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperParallel
@@ -156,6 +157,7 @@ class Trainer:
         if world.parallel.tp > 1:
             assert world.mesh is not None
             models.apply_tensor_parallel(self.base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
+        self._share_experts(self.model)
         result_of = _Remember(self.method)
         mapper = inject_peft_and_freeze(result_of, self.model)  # type: ignore[arg-type]
         self.held = holds_all(self.model)
@@ -185,8 +187,8 @@ class Trainer:
             for _, block in models.blocks_of(self.model):
                 block.compile(backend=config.train.compile_backend)
         if world.mesh is not None:
-            models.apply_data_parallel(self.model, world.mesh, world.parallel, self.choice.params)
-        self.groups = {"data": world.dp_group(), "both": world.group_over(*GRADIENT_AXES, "tp")}
+            models.apply_data_parallel(self.model, world.mesh, world.parallel, self.choice.params, same_experts=world.same_experts)
+        self.groups = {"data": world.dp_group(), "both": world.group_over(*GRADIENT_AXES, "tp"), "experts": world.expert_group()}
         return mapper
 
     def _collect(self) -> None:
@@ -198,6 +200,11 @@ class Trainer:
         self.cuts_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.fsdp = list(models.fsdp_modules(self.model))
         self.clocks = {id(c): c for la in adapted_layers(self.model) if (c := la.dropout.clock) is not None}.values()
+
+    def _share_experts(self, module: nn.Module) -> None:
+        """Losses are parts of one global mean, so gradients of experts are sums, as all others are."""
+        if self.world.experts is not None:
+            share_experts(module, self.world.experts["ep"], average=False)
 
     def _microbatches(self) -> tuple[int, int]:
         """(microbatches of a step on each rank, rows of the global batch in one on every rank)."""
@@ -251,8 +258,9 @@ class Trainer:
             assert world.mesh is not None
             models.apply_tensor_parallel(base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
             module.requires_grad_(False)
+        self._share_experts(module)
         if world.mesh is not None:
-            models.apply_data_parallel(module, world.mesh, world.parallel)
+            models.apply_data_parallel(module, world.mesh, world.parallel, same_experts=world.same_experts)
         models.materialise(base, world.device)
         models.load(base, ModelStateMapperParallel([]), config.model)
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,28 @@ class World:
     @property
     def pp_rank(self) -> int:
         return self.rank // (self.parallel.cp * self.parallel.tp * self.dp_size)
+
+    @cached_property
+    def experts(self) -> DeviceMesh | None:
+        """The mesh with dp_shard taken apart: `ep` neighbours have other experts, `efsdp` ranks the same. Collective at first."""
+        if self.mesh is None or self.parallel.ep == 1:
+            return None
+        return self.mesh._unflatten("dp_shard", (self.parallel.dp_shard // self.parallel.ep, self.parallel.ep), ("efsdp", "ep"))
+
+    @cached_property
+    def same_experts(self) -> DeviceMesh | None:
+        """The ranks that hold the same experts: (dp_replicate, efsdp), or efsdp alone."""
+        if self.experts is None:
+            return None
+        return self.experts["dp_replicate", "efsdp"] if self.parallel.dp_replicate > 1 else self.experts["efsdp"]
+
+    def expert_group(self) -> dist.ProcessGroup | None:
+        """The ranks of `same_experts`; None if this one is alone. Collective at first."""
+        mesh = self.same_experts
+        if mesh is None or mesh.size() == 1:
+            return None
+        several = [n for i, n in enumerate(mesh.mesh_dim_names or ()) if mesh.size(i) > 1]
+        return mesh.get_group(several[0]) if len(several) == 1 else mesh._flatten("same_experts").get_group()
 
     def dp_group(self) -> dist.ProcessGroup | None:
         """The ranks that see other tokens and share this rank's place in pipeline and tensor parallelism; None if there are none."""

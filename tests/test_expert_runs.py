@@ -1,0 +1,101 @@
+"""The trainer with experts shared out, against one process: losses, norms, checkpoints across layouts, one adapter file."""
+
+from unittest import mock
+
+import pytest
+from safetensors.torch import load_file
+
+from d9d_lora.train.config import ParallelConfig
+from d9d_lora.train.world import World
+from tests.small_run import config_of, losses, make_assets, run
+
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
+PEFT = {"kind": "lora", "target_modules": "all-linear", "target_parameters": STACKS, "params": {"r": 4, "alpha": 8, "dropout": 0.1}}
+BASE = {"peft": PEFT, "train__steps": 4, "checkpoint__every": 1, "checkpoint__keep": 9}
+EP = {**BASE, "parallel__ep": 2}
+SHAPE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 6}
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    return make_assets(tmp_path_factory.mktemp("assets"), "qwen3_moe", **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def one(pool, assets, tmp_path_factory):
+    output = tmp_path_factory.mktemp("one")
+    return output, pool.run(1, run, assets, output, BASE)[0]
+
+
+def close(found, expected):
+    assert len(found) == len(expected) > 0
+    assert all(abs(a - b) < 1e-7 * abs(b) for a, b in zip(found, expected))
+
+
+def norms(summary):
+    return [m["gradient_norm"] for m in summary["metrics"] if "gradient_norm" in m]
+
+
+RUNS = {
+    "ep2": (2, {}),
+    "ep2, whole on 2 x 2": (4, {"parallel__adapters": "replicate"}),
+    "ep2 x 2, sharded, recomputed": (4, {"parallel__adapters": "shard", "train__activation_checkpointing": True}),
+    "2 replicas of ep2": (4, {"parallel__dp_replicate": 2, "parallel__adapters": "shard"}),
+}
+
+
+@pytest.mark.parametrize("layout", RUNS)
+def test_a_run_is_that_of_one_process(pool, assets, one, tmp_path, layout):
+    """Losses, clipped norms over mixed meshes, held-out loss, and the one PEFT directory."""
+    world, options = RUNS[layout]
+    found = pool.run(world, run, assets, tmp_path, {**EP, **options})[0]
+    close(losses(found), losses(one[1]))
+    close(norms(found), norms(one[1]))
+    close([found["after"]["loss"]], [one[1]["after"]["loss"]])
+    mine, theirs = (load_file(d / "adapter" / "adapter_model.safetensors") for d in (tmp_path, one[0]))
+    assert mine.keys() == theirs.keys()
+    assert all((mine[k] - theirs[k]).abs().max() < 1e-6 for k in mine)
+
+
+def summed_over_others(rank, assets, output):
+    with mock.patch.object(World, "expert_group", World.dp_group):
+        return run(rank, assets, output, {**EP, "parallel__adapters": "replicate", "train__steps": 1})
+
+
+def test_mutation_experts_summed_over_ranks_that_hold_others(pool, assets, one, tmp_path):
+    found = pool.run(4, summed_over_others, assets, tmp_path)[0]
+    assert abs(norms(found)[0] - norms(one[1])[0]) > 1e-4 * norms(one[1])[0]  # the law allows 1e-7
+
+
+def test_checkpoints_go_from_any_of_these_layouts_to_any_other(pool, assets, one, tmp_path):
+    """1 -> ep2 x FSDP2 2 -> ep2 -> 1, a step each."""
+    path, expected = one[0] / "checkpoints" / "step_00000001", losses(one[1])
+    for step, (world, layout) in enumerate([(4, {**EP, "parallel__adapters": "shard"}), (2, EP), (1, BASE)], start=1):
+        output = tmp_path / str(step)
+        found = pool.run(world, run, assets, output, {**layout, "train__steps": 4, "checkpoint__resume": str(path)})[0]
+        close(losses(found), expected[step:])
+        path = output / "checkpoints" / f"step_{step + 1:08d}"
+
+
+@pytest.mark.parametrize(
+    "degrees,world,words",
+    [
+        ({"ep": 4, "tp": 2}, 8, "ep=4 with parallel.tp"),
+        ({"ep": 4}, 6, "must divide dp_shard=6; degrees that do: "),
+        ({"ep": 2}, 1, "must divide dp_shard=1"),
+    ],
+)
+def test_degrees_that_do_not_fit_the_ranks_are_refused(degrees, world, words):
+    with pytest.raises(ValueError, match=words):
+        ParallelConfig(**degrees).resolved(world)
+
+
+def refused(rank, assets, output):
+    with pytest.raises(ValueError, match=r"parallel.ep=3 does not divide the 4 experts of this model; the nearest degrees that do: 2, 4"):
+        run(rank, assets, output, {**EP, "parallel__ep": 3, "data__batch_size": 6})
+
+
+def test_degrees_that_do_not_fit_the_model_are_refused(pool, assets, tmp_path):
+    pool.run(3, refused, assets, tmp_path)
+    with pytest.raises(ValueError, match=r"train.compile with parallel.ep"):
+        config_of(assets, tmp_path, **EP, train__compile=True)
