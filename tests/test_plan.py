@@ -126,6 +126,18 @@ def test_a_rehearsal_counts_what_a_real_run_does(pool, assets, tmp_path, layout)
         assert (scatters, real["once"]) == ((0, 1 + (config.parallel.tp > 1)) if plan.replicated else (blocks, 0))
 
 
+def test_a_rehearsal_of_experts_under_tensor_parallelism(pool, tmp_path):
+    assets = make_assets(tmp_path, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
+    peft = {"kind": "lora", "target_modules": "all-linear", "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    overrides = {"parallel__tp": 2, "model__dtype": "bfloat16", "peft": {**peft, "params": {"r": 4}}}
+    real = pool.run(4, really, assets, tmp_path, overrides)[0]
+    config, shape = config_of(assets, tmp_path, **overrides), AutoConfig.from_pretrained(assets / "model")
+    plan = rehearse(config, shape, 4, ROW, None)
+    for name in ("base", "adapters", "gradients", "optimiser", "unit", "read", "step"):
+        assert getattr(plan, name) == real[name], name
+    assert plan.paper == plan.last
+
+
 def test_a_few_blocks_tell_of_many(assets, tmp_path):
     shape = AutoConfig.from_pretrained(assets / "model", num_hidden_layers=5, layer_types=None)
     config = config_of(assets, tmp_path, parallel__tp=2)

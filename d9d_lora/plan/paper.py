@@ -9,15 +9,17 @@
                 a number for each such parameter
     tp          forward: bsh a row-parallel layer, and the embedding; backward: bsh a parent of column-parallel layers whose input
                 has a gradient (not the first attention), and the head; b s V for the logits   [Llama's plan, without sequence parallel]
+                experts: bsh each way, and backward b s k for the weights of a token's k experts
 """
 
 import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from d9d_lora.layers.experts import placed
 from d9d_lora.placement import local_of
 from d9d_lora.plan.ledger import Key
 from d9d_lora.train import model as models
@@ -72,10 +74,21 @@ def _tensor_parallel(rehearsal: "Rehearsal", row: int) -> dict[Key, int]:
     size = rehearsal.dtype.itemsize
     bsh = data.micro_batch_size * row * config.hidden_size * size
     blocks = config.num_hidden_layers
-    forward = 2 * blocks + 1
+    regions, first, routed = 2 * blocks, 1, 0
+    if hosts := [m for m in rehearsal.model.modules() if placed(m)]:
+        linear = [n for n, m in rehearsal.model.named_modules() if isinstance(m, nn.Linear) and _by_columns(m.weight)]
+        regions, first = len(linear) + len(hosts), int(any("attn" in n for n in linear))
+        routed = len(hosts) * data.micro_batch_size * row * config.num_experts_per_tok * size
     again = blocks if rehearsal.config.train.activation_checkpointing else 0  # early stop: the last layer of a block is not run again
     return {
-        ("forward", "tp", "all_reduce"): forward * bsh,
-        ("backward", "tp", "all_reduce"): (2 * blocks - 1 + 1 + again) * bsh,
+        ("forward", "tp", "all_reduce"): (regions + 1) * bsh,
+        ("backward", "tp", "all_reduce"): (regions - first + 1 + again) * bsh + routed,
         ("forward", "tp", "all_gather"): data.micro_batch_size * row * config.vocab_size * size,
     }
+
+
+def _by_columns(weight: Tensor) -> bool:
+    """Whether tensor parallelism shards the columns of a linear layer: its output is then completed by a sum."""
+    if not isinstance(weight, DTensor):
+        return False
+    return any(axis == "tp" and getattr(p, "dim", None) == 1 for axis, p in zip(weight.device_mesh.mesh_dim_names or (), weight.placements))
