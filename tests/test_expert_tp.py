@@ -12,12 +12,13 @@ from d9d_lora.layers.experts import AdaptedExperts
 from d9d_lora.measure import traffic
 from d9d_lora.placement import ReplicatedSum, full_of, local_of
 from d9d_lora.registry import peft_method_from_config
+from d9d_lora.state.peft_format import load_adapter_weights, save_adapter
 from d9d_lora.train import model as models
 from d9d_lora.train.config import ModelConfig, ParallelConfig
 from d9d_lora.train.world import World, join
 from d9d_lora.walk import adapted_layers, clock_of
 from tests.small_run import losses, make_assets, run
-from tests.test_experts import FAMILIES, IDS, STACKS, model_of
+from tests.test_experts import FAMILIES, IDS, MIX, SHAPE, STACKS, model_of
 from tests.test_laws import wake
 
 ONE = World(0, 1, torch.device("cpu"), ParallelConfig(dp_shard=1), None)
@@ -68,6 +69,16 @@ def as_one(rank, directory, parallel, dtype):
         assert torch.equal(full_of(p)[index_of(p)], local_of(p))
     for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
         assert torch.equal(full_of(q), p), name
+    files = {}
+    for name, model in (("one", one), ("many", many)):  # the same bytes, each read by the other
+        save_adapter(model, directory / name)
+        files[name] = (directory / name / "adapter_model.safetensors").read_bytes()
+    assert files["one"] == files["many"]
+    for factor in (p for p in many.parameters() if p.requires_grad):
+        local_of(factor.detach()).zero_()
+    load_adapter_weights(many, directory / "one")
+    for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
+        assert torch.equal(full_of(q), p), name
     merge_peft(method, many)
     merge_peft(method, one)
     for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
@@ -77,6 +88,7 @@ def as_one(rank, directory, parallel, dtype):
 CELLS = [
     ("qwen3_moe", TP2, torch.float64),
     ("deepseek_v3", TP2, torch.float64),
+    ("qwen2_moe", TP2, torch.float64),
     ("mixtral", FSDP2_TP2, torch.float64),
     ("qwen3_moe", FSDP2_TP2, torch.float32),
 ]
@@ -84,6 +96,7 @@ CELLS = [
 
 @pytest.mark.parametrize("family,parallel,dtype", CELLS)
 def test_a_layout_is_one_process(pool, tmp_path, monkeypatch, family, parallel, dtype):
+    monkeypatch.setitem(FAMILIES, "qwen2_moe", ("qwen2_moe", {**SHAPE, **MIX, "shared_expert_intermediate_size": 8}))
     if dtype == torch.float32:  # rows of 16 bytes on each rank: torch's grouped product
         monkeypatch.setitem(FAMILIES, family, (family, {**FAMILIES[family][1], "moe_intermediate_size": 16}))
     model_of(family, torch.float32).save_pretrained(tmp_path)
@@ -167,7 +180,7 @@ def test_a_run_is_that_of_one_process_and_goes_on_there(pool, tmp_path):
     for other in (apart, stages):
         for a, b in zip(losses(whole), losses(other), strict=True):
             assert abs(a - b) < 1e-6 * abs(a)
-    for world, start, then in ((1, "many", one), (4, "one", many)):
+    for world, start, then in ((1, "many", one), (4, "one", {**many, "train__activation_checkpointing": True})):
         again = f"{start} goes on"
         steps = {**then, "checkpoint__resume": str(tmp_path / start / "checkpoints" / "step_00000002")}
         pool.run(world, run, assets, tmp_path / again, steps)
