@@ -88,9 +88,11 @@ class GroupedDelta(Around):
         if f.rows.start == f.rows.stop:
             return next(iter(f.values())).new_empty(0, f.cols.stop - f.cols.start)
         B, A = self.factors(f)
-        dW = ((B * self.scaling) @ A).flatten(0, 1)
         start = f.rows.start - f.rows.start // self.out * self.out  # the factors are those of whole matrices
-        return dW[start : start + f.rows.stop - f.rows.start]
+        stop = start + f.rows.stop - f.rows.start
+        if len(B) == 1:  # a few rows of one matrix: a merge asks for them, and no others are computed
+            return (B[0, start:stop] * self.scaling) @ A[0]
+        return ((B * self.scaling) @ A).flatten(0, 1)[start:stop]
 
     def part(self, whole: Mapping[str, Tensor], rows: slice, cols: slice) -> Parts:
         """The factors of the matrices that the rows of [E O, I] touch, restricted to the columns."""
