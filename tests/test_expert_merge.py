@@ -169,11 +169,25 @@ def test_consumers_of_single_experts(tmp_path, profile, family):
     assert set(targets) == {name.split(".")[-2] for name in found}
 
 
+def test_experts_of_a_layer_are_whole_for_vllm(tmp_path):
+    """It packs gate, up and down of every expert of a layer, and stops where one is missing: what is not adapted is zero."""
+    saved(tmp_path, "qwen3_moe", {**LORA, "target_parameters": ["layers.1.mlp.experts.down_proj"]})
+    export("vllm", Job(tmp_path / "adapter", tmp_path / "out", tmp_path / "base"))
+    found = {name: dW for name, dW in updates(tmp_path / "out").items() if "experts" in name}
+    assert {name.split(".")[2] for name in found} == {"1"}
+    assert len(found) == 5 * 3
+    assert all(("down" in name) == bool(dW.any()) for name, dW in found.items())
+    assert all(dW.shape == load_file(tmp_path / "base" / "model.safetensors")[name].shape for name, dW in found.items())
+
+
 def test_a_projection_of_experts(tmp_path):
     saved(tmp_path, "qwen3_moe")
     told = export("vllm", Job(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", rank=2))
     assert "r=2" in told
     assert "relative error" in told
+    for profile, why in (("peft", "PEFT reads experts as stacks"), ("llamacpp", "written to GGUF as stacks")):
+        with pytest.raises(ExportError, match=why):
+            export(profile, Job(tmp_path / "adapter", tmp_path / profile, tmp_path / "base", rank=2))
 
 
 def test_what_a_consumer_could_not_load_is_refused(tmp_path):

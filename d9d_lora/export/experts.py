@@ -7,11 +7,12 @@ The names are those of the base's own files, which consumers go by. A base whose
 written for it here.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from d9d_lora.export.low_rank import Product
+from d9d_lora.export.low_rank import BaseShapes, Product
 from d9d_lora.state import expert_layouts
 from d9d_lora.state.expert_base import Experts, experts_of
 from d9d_lora.state.peft_config import WEIGHTS, AdapterError
@@ -21,6 +22,8 @@ from d9d_lora.state.safetensors_dir import CheckpointFiles, open_checkpoint
 from d9d_lora.state.untrusted import read_json
 
 T = TypeVar("T")
+ONE_EXPERT = re.compile(r"(.+\.experts)\.\d+\.\w+")
+"""The layer of a tensor that holds one expert."""
 
 
 def experts_of_base(base: Path, files: CheckpointFiles) -> Experts | None:
@@ -75,6 +78,20 @@ def products_of_stacks(adapter: Path, base: Path | None, project: Callable[[Prod
     return found
 
 
+def whole_experts(products: Mapping[str, Product], base: Path | None) -> dict[str, Product]:
+    """With zeros for what the adapter lacks of a layer's experts: vLLM packs gate, up and down of all of them together (`pack_moe`), and
+    stops where one is not there."""
+    adapted = {match[1] for name in products if (match := ONE_EXPERT.fullmatch(name))}
+    if not adapted or base is None:
+        return dict(products)
+    like = next(iter(products.values()))
+    with open_checkpoint(base) as files:
+        shapes = BaseShapes(files).all()
+    lacking = {n: s for n, s in shapes.items() if n not in products and (match := ONE_EXPERT.fullmatch(n)) and match[1] in adapted}
+    zeros = {n: Product(like.A.new_zeros(1, into), like.B.new_zeros(out, 1), like.scaling) for n, (out, into) in lacking.items()}
+    return {**products, **zeros}
+
+
 def undivided(names: list[str]) -> str:
     """Why parameters cannot be written expert by expert."""
     return (
@@ -83,4 +100,4 @@ def undivided(names: list[str]) -> str:
     )
 
 
-__all__ = ["experts_of_base", "products_of_stacks", "spread", "undivided"]
+__all__ = ["ONE_EXPERT", "experts_of_base", "products_of_stacks", "spread", "undivided", "whole_experts"]

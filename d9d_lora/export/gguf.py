@@ -19,7 +19,7 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -27,23 +27,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from d9d_lora.export.gguf_experts import meanings_on, stack_to_gguf
 from d9d_lora.export.gguf_file import Array, GGUFFile
-from d9d_lora.export.gguf_names import Base, Weight, base_of, config_of, package, reorder, restore
+from d9d_lora.export.gguf_names import Base, BaseConfig, Weight, base_of, package, reorder, restore
 from d9d_lora.export.plain import write_directory
-from d9d_lora.state import expert_layouts as experts
 from d9d_lora.state.atomic import TEMPORARY, sync
-from d9d_lora.state.expert_base import outline_of
 from d9d_lora.state.names import PEFT_PREFIX
 from d9d_lora.state.peft_config import CONFIG, PEFT_VERSION, WEIGHTS, AdapterError, dump, pattern_of, targets_of
-from d9d_lora.state.peft_kinds.lora import layer_meanings, parameters_of
-from d9d_lora.state.peft_read import LayerMeaning, Parts, meanings, open_weights, read_adapter_config, reading_of
+from d9d_lora.state.peft_read import LayerMeaning, Parts
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.targets import by_name, named
 
 __all__ = ["gguf_to_peft", "read_gguf", "refusals", "write_gguf"]
 
 N = TypeVar("N", int, float)
-BaseConfig = Mapping[str, Any] | str | os.PathLike[str]
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _ALPHA = "adapter.lora.alpha"
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -136,7 +133,7 @@ def write_gguf(
     output = Path(output).absolute()
     _refuse_other(output)
     base = base_of(base_config)
-    config, parts, layers, bare = _meanings(Path(adapter), base_config)
+    config, parts, layers, bare = meanings_on(Path(adapter), base_config)
     if faults := refusals(config, parts, base_config, bare):
         raise AdapterError(f"{adapter} cannot become a GGUF adapter:\n  " + "\n  ".join(faults[:12]))
     alpha, factors = _alpha_of(layers, bool(config.get("use_rslora")))
@@ -145,7 +142,7 @@ def write_gguf(
         for layer, pair in sorted(parts.factors.items()):
             a, b = (files.read(pair[factor]) for factor in "AB")
             if layer in bare:
-                tensors |= _stack_to_gguf(base.stacks[bare[layer]], a, b, factors[layer], _DTYPES[dtype])
+                tensors |= stack_to_gguf(base.stacks[bare[layer]], a, b, factors[layer], _DTYPES[dtype])
             else:
                 tensors |= _to_gguf(base.weights[layer], a, b, factors[layer], _DTYPES[dtype])
     _install(output, base.architecture.gguf, alpha, tensors)
@@ -171,40 +168,6 @@ def _to_gguf(weight: Weight, a: Tensor, b: Tensor, factor: float, dtype: torch.d
     for name, tensor in found.items():
         if not tensor.isfinite().all():
             raise AdapterError(f"{weight.layer}: {name} has values that are not finite in {dtype}; write f32, or train again")
-    return found
-
-
-def _meanings(
-    adapter: Path, base_config: BaseConfig
-) -> tuple[dict[str, Any], Parts, dict[str, LayerMeaning], dict[str, str]]:
-    """`meanings`, and which layers of the file stand for which parameter of the base's model."""
-    config = read_adapter_config(adapter)
-    if config["peft_type"] != "LORA" or not config.get("target_parameters"):
-        return *meanings(adapter), {}
-    told = base_config if isinstance(base_config, Mapping) else config_of(base_config)
-    with open_weights(adapter) as files:
-        reading = reading_of(adapter, config, files, outline_of(told))
-        bare = parameters_of(reading)
-        return config, reading.parts, layer_meanings(reading, bare), bare
-
-
-def _stack_to_gguf(weights: Sequence[Weight], a: Tensor, b: Tensor, factor: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A fused pair of a stack of experts (`expert_layouts.py`) as the stacks that llama.cpp has of it."""
-    n, rows = weights[0].experts, [weight.rows for weight in weights]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] % n or (a.shape[1], b.shape) != (weights[0].columns, (sum(rows), a.shape[0])):
-        raise AdapterError(
-            f"{weights[0].layer}: A {tuple(a.shape)} and B {tuple(b.shape)}; this base expects [{n} r, {weights[0].columns}] and "
-            f"[{sum(rows)}, {n} r]. Is it the adapter of another model?"
-        )
-    A = experts.stacked_A(experts.from_fused_A(a, n)).to(dtype).contiguous()
-    B = experts.stacked_B(experts.from_fused_B(b, n))
-    B = (B if factor == 1 else B.double() * factor).to(dtype)
-    found: dict[str, Tensor] = {}
-    for weight, part in zip(weights, B.split(rows, 1)):
-        found |= {f"{weight.tensor}.lora_a": A, f"{weight.tensor}.lora_b": part.contiguous()}
-    for name, tensor in found.items():
-        if not tensor.isfinite().all():
-            raise AdapterError(f"{name} has values that are not finite in {dtype}; write f32, or train again")
     return found
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from d9d_lora.state.peft_config import AdapterError
 from d9d_lora.state.untrusted import read_json
 
+BaseConfig = Mapping[str, Any] | str | os.PathLike[str]
 _HEAD = "lm_head"
 _ATTENTION = {"q_proj": ("q", "hidden"), "k_proj": ("kv", "hidden"), "v_proj": ("kv", "hidden"), "o_proj": ("hidden", "q")}
 _MLP = {"gate_proj": ("ffn", "hidden"), "up_proj": ("ffn", "hidden"), "down_proj": ("hidden", "ffn")}

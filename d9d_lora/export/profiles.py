@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from d9d_lora.export.experts import products_of_stacks
+from d9d_lora.export.experts import ONE_EXPERT, products_of_stacks, whole_experts
 from d9d_lora.export.fold import Folded, fold_scale
 from d9d_lora.export.low_rank import Product, error_of, peft_type, projected, read_products
 from d9d_lora.export.mlx import mlx_faults, write_mlx
@@ -125,7 +125,8 @@ def _some(names: Any) -> str:
 def _products(job: Job) -> dict[str, Product]:
     if peft_type(job.adapter) == "LORA" and read_adapter_config(job.adapter).get("target_parameters"):
         rank = job.rank
-        return products_of_stacks(job.adapter, job.base, lambda p: p if rank is None else projected(p, rank))
+        products = products_of_stacks(job.adapter, job.base, lambda p: p if rank is None else projected(p, rank))
+        return whole_experts(products, job.base)
     return read_products(job.adapter, job.base, rank=job.rank)
 
 
@@ -161,7 +162,12 @@ def _write_peft(job: Job) -> str:
 
 
 def _peft_faults(sketch: Sketch, rank: int | None) -> list[str]:
-    return [] if rank is None else _plain_faults(sketch, rank, "a projected adapter")
+    if rank is None:
+        return []
+    faults = _plain_faults(sketch, rank, "a projected adapter")
+    if single := _some(n for n in sketch.layers if ONE_EXPERT.fullmatch(n)):
+        faults.append(f"{single}: PEFT reads experts as stacks, and they are projected one by one; leave rank out, {_MERGE}")
+    return faults
 
 
 def _names(config: Mapping[str, Any], products: Mapping[str, Product]) -> list[str]:
@@ -181,12 +187,17 @@ def _names(config: Mapping[str, Any], products: Mapping[str, Product]) -> list[s
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_VOCABULARY = 258048
 _VLLM_LOOKUPS = ("embed_tokens",)
+# Families whose classes say `is_3d_moe_weight`: they take the fused pair of a stack, and nothing else.
+_VLLM_STACKS = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_vl_moe")
 
 
 def _vllm_faults(sketch: Sketch, rank: int | None) -> list[str]:
     faults = _plain_faults(sketch, rank, "vLLM", VLLM_RANKS[-1])
     if odd := _some(n for n, la in sketch.layers.items() if la.lookup and n.rpartition(".")[2] not in _VLLM_LOOKUPS):
         faults.append(f"{odd}: an embedding; vLLM adapts one that is called embed_tokens. Leave it out, {_MERGE}")
+    family = str(sketch.base.get("model_type"))
+    if family.startswith(_VLLM_STACKS) and (single := _some(n for n in sketch.layers if ONE_EXPERT.fullmatch(n))):
+        faults.append(f"{single}: vLLM reads experts of {family} as stacks, which this profile does not write. Leave them out, {_MERGE}")
     head = [n for n in sketch.layers if n.rpartition(".")[2] == "lm_head"]
     vocabulary = sketch.base.get("vocab_size") or 0
     if head and vocabulary > _VLLM_VOCABULARY:

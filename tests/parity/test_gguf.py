@@ -15,6 +15,7 @@ from d9d_lora.export import gguf as ours
 from d9d_lora.export.gguf import gguf_to_peft, read_gguf, refusals, write_gguf
 from d9d_lora.export.gguf_file import GGUFFile
 from d9d_lora.export.gguf_names import ARCHITECTURES, base_of
+from d9d_lora.state import expert_layouts
 from d9d_lora.state.peft_config import AdapterError
 from d9d_lora.state.peft_format import load_adapter_weights, method_of, save_adapter
 from d9d_lora.targets import by_name
@@ -197,7 +198,8 @@ def test_llama_cpp_has_our_experts(tmp_path, proof, monkeypatch):
         write_gguf(save(model, tmp_path / f"{i}"), tmp_path / f"{i}.gguf", base_config=model.config.to_dict())
     with pytest.raises(AdapterError, match="written as GGUF and not read back"):
         read_gguf(tmp_path / "0.gguf", models[0].config.to_dict())
-    monkeypatch.setattr(ours.experts, "from_fused_B", lambda B, n: B.unflatten(1, (n, -1)).permute(1, 2, 0))  # the mutation: as A is
+    as_A_is = lambda B, n: B.unflatten(1, (n, -1)).permute(1, 2, 0)  # noqa: E731
+    monkeypatch.setattr(expert_layouts, "from_fused_B", as_A_is)  # the mutation: expert after expert
     write_gguf(tmp_path / "0", tmp_path / "mutated.gguf", base_config=models[0].config.to_dict())
     llama = Llama(tmp_path / "base.gguf", [*(tmp_path / f"{i}.gguf" for i in range(2)), tmp_path / "mutated.gguf"])
     plain = log_probabilities(base("qwen3_moe"))
