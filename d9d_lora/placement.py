@@ -49,17 +49,27 @@ class Placing:
 
     Attributes:
         blocks: How many blocks of equal size that axis consists of, of each of which every rank has its part. [Note: blocks] in `boxes.py`
+        experts, both: Of experts that are shared out over ranks, and inside over the ranks of `mesh` as well: the mesh which shards the
+            letter E, and it with `mesh`, on which everything lies.
     """
 
     mesh: DeviceMesh | None = None
     letter: str | None = None
     blocks: int = 1
+    experts: DeviceMesh | None = None
+    both: DeviceMesh | None = None
 
     @classmethod
     def of(cls, weight: Tensor, axes: str, site: str) -> "Placing":
         """Reads the placement of a base weight whose dimensions are `axes`, for example "OI"."""
         if not isinstance(weight, DTensor):
             return cls()
+        first, *rest = weight.placements
+        if weight.device_mesh.ndim == 2 and axes[0] == "E" and type(first) is Shard and first.dim == 0:
+            both = weight.device_mesh
+            ep, tp = (both[name] for name in both.mesh_dim_names or ())
+            inside = cls.of(DTensor.from_local(weight.to_local(), tp, rest, run_check=False), axes, site)
+            return cls(tp, inside.letter, inside.blocks, ep, both)
         if weight.device_mesh.ndim != 1:
             raise ValueError(
                 f"{site}: its weight lies on the {weight.device_mesh.ndim}-D mesh {weight.device_mesh}, and an adapter follows the "
@@ -80,16 +90,23 @@ class Placing:
         """Gives each rank its part of a factor; no communication, so its values must come from `fill_`."""
         if self.mesh is None:
             return factor
-        return cut(factor, self.mesh, self.of_factor(axes))
+        if self.both is None:
+            return cut(factor, self.mesh, self.of_factor(axes))
+        start, n = self.span(factor.shape[0], "E")
+        inside = factor if isinstance(factor, DTensor) else cut(factor, self.mesh, self.of_factor(axes))
+        part = inside.to_local()[start : start + n].clone()
+        placements = [Shard(0), self.of_factor(axes)]
+        return DTensor.from_local(part, self.both, placements, run_check=False, shape=factor.shape, stride=factor.stride())
 
     def span(self, size: int, letter: str) -> tuple[int, int]:
         """(start, length) of this rank's part of an axis of `size` named `letter`."""
-        if self.mesh is None or letter != self.letter:
+        mesh = self.experts if letter == "E" and self.experts is not None else self.mesh if letter == self.letter else None
+        if mesh is None:
             return 0, size
-        if self.blocks > 1:
+        if mesh is self.mesh and self.blocks > 1:
             raise RuntimeError(f"axis {letter} is sharded in {self.blocks} blocks, and a rank's part of it is no one span: ask `index_of`")
-        chunk = -(-size // self.mesh.size())  # as torch.chunk cuts; torch's own helper makes a tensor of it, at every forward
-        start = min(size, chunk * self.mesh.get_local_rank())
+        chunk = -(-size // mesh.size())  # as torch.chunk cuts; torch's own helper makes a tensor of it, at every forward
+        start = min(size, chunk * mesh.get_local_rank())
         return start, min(chunk, size - start)
 
     def enter(self, x: Tensor, wanted: Placement | None, site: str) -> tuple[Tensor, bool]:
@@ -130,7 +147,7 @@ class Placing:
         if not isinstance(p, DTensor):
             return p
         part = parts and not (self.letter and self.letter in axes)
-        return p.to_local(grad_placements=[Partial()] if part else p.placements)
+        return p.to_local(grad_placements=[*p.placements[:-1], Partial()] if part else p.placements)
 
     def total(self, t: Tensor) -> Tensor:
         """Adds a tensor over the ranks that hold the other columns of the same rows; no gradient passes."""
@@ -146,7 +163,8 @@ class Placing:
 
     def __str__(self) -> str:
         names = {None: "replicated", "O": "column", "I": "row", "E": "experts"}
-        return "local" if self.mesh is None else f"{names[self.letter]} / {self.mesh.size()}"
+        around = "" if self.experts is None else f"experts / {self.experts.size()}, "
+        return "local" if self.mesh is None else f"{around}{names[self.letter]} / {self.mesh.size()}"
 
 
 def place_like(
@@ -290,6 +308,7 @@ class ReplicatedSum:
         data: dist.ProcessGroup | None = None,
         both: dist.ProcessGroup | None = None,
         experts: dist.ProcessGroup | None = None,
+        experts_both: dist.ProcessGroup | None = None,
     ) -> None:
         """
         Args:
@@ -297,12 +316,12 @@ class ReplicatedSum:
             over_data: Trained parameters that each data-parallel rank holds whole, and nobody else reduces.
             data: The ranks that see other data and share this rank's place in the tensor-parallel mesh.
             both: Those, with their whole tensor-parallel meshes. Needed only with tensor parallelism.
-            experts: Those of `data` that hold the same experts, where experts are shared out; None: this rank alone has its own.
+            experts, experts_both: Those of `data`, and of `both`, that hold the same experts, where experts are shared out.
         """
         self._layers = [layer for layer in layers if layer.placing.mesh is not None and layer.placing.mesh.size() > 1]
         self._others = list(in_parts)
         self._over_data = {id(p): p for p in over_data}
-        self._data, self._both, self._experts = data, both, experts
+        self._data, self._both, self._experts, self._experts_both = data, both, experts, experts_both
         if self._over_data and data is None:
             raise ValueError(f"{len(self._over_data)} parameters are to be summed over data parallelism: `data`, its ranks, was not given")
         for layer in self._layers:
@@ -327,13 +346,10 @@ class ReplicatedSum:
             if id(p) not in self._over_data:
                 yield p, mesh.get_group()
         for p in self._over_data.values():
-            if ranks_of_experts(p) > 1:
-                if self._experts is not None:
-                    yield p, self._experts
-                continue
-            group = self._both if id(p) in parts else self._data
+            groups = (self._experts, self._experts_both) if ranks_of_experts(p) > 1 else (self._data, self._both)
+            group = groups[id(p) in parts]
             if group is None:
-                raise ValueError("a replicated parameter is a part over tensor parallelism too: `both`, the ranks of both, was not given")
+                raise ValueError("the ranks to sum a replicated parameter over were not given: `both`, `experts` or `experts_both`")
             yield p, group
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import Placement
 
 from d9d_lora.layers.experts import is_shared_out, place, products
 from d9d_lora.walk import refuse_sharded
@@ -39,12 +40,13 @@ def shared_out(module: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def share_experts(module: nn.Module, mesh: DeviceMesh, *, average: bool = True) -> list[str]:
-    """Leaves each rank of `mesh` its experts of every layer, and sends tokens to them. Before or after the injection, before `fully_shard`.
+    """Leaves each rank of `mesh` its experts of every layer, and sends tokens to them. Before or after the injection, after a
+    tensor-parallel plan, before `fully_shard`.
 
     Works on meta. Every rank must hold the same weights; nothing is communicated.
 
     Args:
-        mesh: One-dimensional; its ranks see different data.
+        mesh: One-dimensional; its ranks see different data. With tensor parallelism, from the root mesh that the plan's is of.
         average: Losses are means of their ranks, and FSDP2 averages; False: they are parts of one sum or mean, and FSDP2 was told to add.
             [Note: what an expert's gradient is divided by]
 
@@ -58,8 +60,8 @@ def share_experts(module: nn.Module, mesh: DeviceMesh, *, average: bool = True) 
     found = list(experts_of(module))
     check_experts(module, mesh.size())
     for name, host in found:
-        if placed := [n for n, p in host._parameters.items() if isinstance(p, DTensor)]:
-            raise ValueError(f"{name}: {placed} are sharded already; share experts out before other plans")
+        if any(isinstance(p, DTensor) and (p.device_mesh.ndim > 1 or p.placements[0].is_shard(0)) for p in host._parameters.values()):
+            raise ValueError(f"{name}: its experts are shared out already")
     for _, host in found:
         _share(host, mesh, divide=mesh.size() if average else 1)
     return [name for name, _ in found]
@@ -89,8 +91,13 @@ def _share(host: Any, mesh: DeviceMesh, *, divide: int) -> None:
     stacks = [name for product in products(host) for name in (product, f"{product}_bias")]
     for name in stacks:
         if (p := host._parameters.get(name)) is not None:
+            on, whole = mesh, p.detach()
+            placements: list[Placement] = [Shard(0)]
+            if isinstance(p, DTensor):  # a tensor-parallel plan has shared out the inside of every expert
+                on, whole = DeviceMesh._concatenate([mesh, p.device_mesh]), p.to_local()
+                placements += p.placements
             part: Tensor = DTensor.from_local(
-                p[first : first + n].clone(), mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride()
+                whole[first : first + n].clone(), on, placements, run_check=False, shape=p.shape, stride=p.stride()
             )
             host.register_parameter(name, nn.Parameter(part, requires_grad=p.requires_grad))
     host.divides_gradients_by = divide
@@ -127,6 +134,12 @@ def fully_shard_experts(
 
 
 def axis_to_cut(p: Tensor, shards: int) -> int:
-    """A dimension inside the experts, if the shards divide one, and else that of the experts."""
-    held = p.to_local().shape if isinstance(p, DTensor) else p.shape
-    return next((d for d in range(1, len(held)) if held[d] % shards == 0), 0)
+    """A dimension inside the experts that is whole and that the shards divide, if there is one; else that of the experts."""
+    taken = {getattr(s, "dim", None) for s in p.placements} if isinstance(p, DTensor) else set()
+    inside = next((d for d in range(1, p.ndim) if d not in taken and p.shape[d] % shards == 0), None)
+    if inside is None and len(taken - {None}) > 1:  # torch cannot gather what is strided along two dimensions
+        raise ValueError(
+            f"a parameter {list(p.shape)} of experts, sharded over ep and tp, has no other dimension that the {shards} ranks of the "
+            "same experts divide; give a rank that is a multiple of them, or parallel.adapters=replicate"
+        )
+    return inside or 0

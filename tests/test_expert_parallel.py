@@ -57,16 +57,18 @@ def one_process(family, dtype, changes):
     return model, method
 
 
-def on_ranks(family, dtype, changes, *, ep, average=False, inject_first=False, mutation=None):
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // ep, ep), mesh_dim_names=("efsdp", "ep"))
+def on_ranks(family, dtype, changes, *, ep, tp=1, average=False, inject_first=False, mutation=None):
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // (ep * tp), ep, tp), mesh_dim_names=("efsdp", "ep", "tp"))
     model, method = model_of(family, dtype), method_of(**changes)
+    if tp > 1:
+        models.apply_tensor_parallel(models.Base(model, None), mesh["tp"], sequence=False)
     if inject_first:
         inject_peft_and_freeze(method, model)
     share_experts(model, mesh["ep"], average=average and mutation != "gradients of experts not divided")
     if not inject_first:
         inject_peft_and_freeze(method, model)
     ignored = fully_shard_experts(model, mesh["efsdp"])
-    dp = mesh._flatten("dp")
+    dp = mesh["efsdp", "ep"]._flatten("dp")
     for layer in model.model.layers:
         fully_shard(layer, mesh=dp, ignored_params=ignored)
     fully_shard(model, mesh=dp, ignored_params=ignored)
@@ -112,7 +114,8 @@ def law(rank, family, case, *, ep, dtype=torch.float64, tolerance=1e-9, recomput
     reference, reference_method = one_process(family, dtype, CASES[case])
     with MUTATIONS.get(mutation, contextlib.nullcontext)():
         model, method = on_ranks(family, dtype, CASES[case], ep=ep, mutation=mutation, **layout)
-        mean, world = layout.get("average", False), dist.get_world_size()
+        mean, tp = layout.get("average", False), layout.get("tp", 1)
+        world = dist.get_world_size() // tp
         for m in (reference, model):
             if nowhere:
                 all_to_the_first_rank(m)
@@ -120,8 +123,9 @@ def law(rank, family, case, *, ep, dtype=torch.float64, tolerance=1e-9, recomput
                 models.recompute(m)
         optimisers = [torch.optim.AdamW(trained(m).values(), lr=0.01) for m in (model, reference)]
         for step in range(1 if mutation or mean else 2):
-            found = backward(model, step, range(rank, ROWS, world), mean)
+            found = backward(model, step, range(rank // tp, ROWS, world), mean)
             dist.all_reduce(found)
+            found /= tp
             expected = backward(reference, step, range(ROWS), mean)
             assert abs(found - expected) < tolerance * expected
             parts = world if mean else 1
@@ -188,6 +192,8 @@ LAWS = [
     ("qwen3_moe", "ranks shared", {"ep": 4}, 4),
     ("mixtral", "ranks shared", {"ep": 2, "dtype": torch.float32, "tolerance": 2e-4}, 4),
     ("qwen3_moe", "pissa", {"ep": 2, "average": True}, 4),
+    ("mixtral", "dropout", {"ep": 2, "tp": 2, "tolerance": 1e-7}, 4),
+    ("qwen3_moe", "ranks shared", {"ep": 2, "tp": 2, "inject_first": True, "tolerance": 1e-7}, 8),
 ]
 
 

@@ -11,7 +11,7 @@ from tests.small_run import config_of, losses, make_assets, run
 
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 PEFT = {"kind": "lora", "target_modules": "all-linear", "target_parameters": STACKS, "params": {"r": 4, "alpha": 8, "dropout": 0.1}}
-BASE = {"peft": PEFT, "train__steps": 4, "checkpoint__every": 1, "checkpoint__keep": 9}
+BASE = {"peft": PEFT, "train__steps": 5, "checkpoint__every": 1, "checkpoint__keep": 9}
 EP = {**BASE, "parallel__ep": 2}
 SHAPE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 6}
 
@@ -40,6 +40,7 @@ RUNS = {
     "ep2": (2, {}),
     "ep2, whole on 2 x 2": (4, {"parallel__adapters": "replicate"}),
     "ep2 x 2, sharded, recomputed": (4, {"parallel__adapters": "shard", "train__activation_checkpointing": True}),
+    "ep2 x tp2": (4, {"parallel__tp": 2}),
     "2 replicas of ep2": (4, {"parallel__dp_replicate": 2, "parallel__adapters": "shard"}),
 }
 
@@ -58,7 +59,7 @@ def test_a_run_is_that_of_one_process(pool, assets, one, tmp_path, layout):
 
 
 def summed_over_others(rank, assets, output):
-    with mock.patch.object(World, "expert_group", World.dp_group):
+    with mock.patch.object(World, "expert_group", lambda world, *_: world.dp_group()):
         return run(rank, assets, output, {**EP, "parallel__adapters": "replicate", "train__steps": 1})
 
 
@@ -68,11 +69,12 @@ def test_mutation_experts_summed_over_ranks_that_hold_others(pool, assets, one, 
 
 
 def test_checkpoints_go_from_any_of_these_layouts_to_any_other(pool, assets, one, tmp_path):
-    """1 -> ep2 x FSDP2 2 -> ep2 -> 1, a step each."""
+    """1 -> ep2 x FSDP2 2 -> tp2 -> ep2 x tp2 -> 1, a step each."""
     path, expected = one[0] / "checkpoints" / "step_00000001", losses(one[1])
-    for step, (world, layout) in enumerate([(4, {**EP, "parallel__adapters": "shard"}), (2, EP), (1, BASE)], start=1):
+    sharded, tp = {"parallel__adapters": "shard"}, {"parallel__tp": 2}
+    for step, (world, layout) in enumerate([(4, {**EP, **sharded}), (2, {**BASE, **tp}), (4, {**EP, **tp}), (1, BASE)], start=1):
         output = tmp_path / str(step)
-        found = pool.run(world, run, assets, output, {**layout, "train__steps": 4, "checkpoint__resume": str(path)})[0]
+        found = pool.run(world, run, assets, output, {**layout, "checkpoint__resume": str(path)})[0]
         close(losses(found), expected[step:])
         path = output / "checkpoints" / f"step_{step + 1:08d}"
 
@@ -80,7 +82,7 @@ def test_checkpoints_go_from_any_of_these_layouts_to_any_other(pool, assets, one
 @pytest.mark.parametrize(
     "degrees,world,words",
     [
-        ({"ep": 4, "tp": 2}, 8, "ep=4 with parallel.tp"),
+        ({"ep": 4, "pp": 2}, 8, "ep=4 with parallel.pp"),
         ({"ep": 4}, 6, "must divide dp_shard=6; degrees that do: "),
         ({"ep": 2}, 1, "must divide dp_shard=1"),
     ],

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from d9d_lora.boxes import index_of
 from d9d_lora.dropout import AdapterDropout, Clock
@@ -396,7 +397,7 @@ class AdaptedLayer(nn.Module):
         self.placing = Placing.of(self.base.weight, self.weight_axes, self.name)  # type: ignore[arg-type]
         for name, axes in self.delta.axes.items():
             old = self.factor(name)
-            if not hasattr(old, "placements"):
+            if not isinstance(old, DTensor) or (self.placing.both is not None and old.device_mesh.ndim == 1):
                 new = nn.Parameter(self.placing.distribute(old.detach(), axes), requires_grad=old.requires_grad)
                 self._modules[name].weight = new  # type: ignore[union-attr]
         for factor in self.shared.values():

@@ -81,8 +81,8 @@ class ParallelConfig(Strict):
 
     def resolved(self, world: int) -> "ParallelConfig":
         """With dp_shard a number, or an error that says which degrees would fit `world` processes."""
-        if self.ep > 1 and (beside := [axis for axis in ("pp", "cp", "tp") if getattr(self, axis) > 1]):
-            raise ValueError(f"parallel.ep={self.ep} with parallel.{beside[0]}: not proven yet; use ep with dp_shard and dp_replicate")
+        if self.ep > 1 and (beside := [axis for axis in ("pp", "cp") if getattr(self, axis) > 1]):
+            raise ValueError(f"parallel.ep={self.ep} with parallel.{beside[0]}: not proven yet; use ep with dp_shard, dp_replicate and tp")
         others = self.pp * self.dp_replicate * self.cp * self.tp
         shard = world // others if self.dp_shard == -1 else self.dp_shard
         if self.dp_shard == 0 or others * shard != world:
@@ -126,8 +126,6 @@ class ParallelConfig(Strict):
             raise ValueError("parallel.cp_attention needs parallel.cp > 1, and would be ignored without it")
         if self.cp > 1 and self.pp > 1:
             raise ValueError("parallel.cp cannot go with parallel.pp yet: stages hand on whole rows; leave one of them 1")
-        if self.cp > 1 and self.ep > 1:
-            raise ValueError("parallel.cp cannot go with parallel.ep yet: nobody has tried; leave one of them 1")
 
     def _check_pipeline(self) -> None:
         name, several = self.schedule, self.stages_per_rank

@@ -30,7 +30,7 @@ from d9d_lora.context import ContextParallel
 from d9d_lora.init.data import Step
 from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.method import PeftMethod
-from d9d_lora.placement import ReplicatedSum, at_least_fp32, key_of
+from d9d_lora.placement import ReplicatedSum, at_least_fp32, key_of, ranks_of_experts
 from d9d_lora.registry import peft_method_from_config
 from d9d_lora.share_experts import share_experts
 from d9d_lora.state.atomic import RanksFailed, decided, together, write_text
@@ -188,14 +188,16 @@ class Trainer:
                 block.compile(backend=config.train.compile_backend)
         if world.mesh is not None:
             models.apply_data_parallel(self.model, world.mesh, world.parallel, self.choice.params, same_experts=world.same_experts)
-        self.groups = {"data": world.dp_group(), "both": world.group_over(*GRADIENT_AXES, "tp"), "experts": world.expert_group()}
+        self.groups = {"data": world.dp_group(), "both": world.group_over(*GRADIENT_AXES, "tp"), }
+        self.groups |= {"experts": world.expert_group(), "experts_both": world.expert_group("tp")}
         return mapper
 
     def _collect(self) -> None:
         """What a step needs to know of the model."""
         self.params = {clean(n): p for n, p in sorted(self.model.named_parameters(), key=lambda x: clean(x[0])) if p.requires_grad}
         # Found by where they lie, and not by what was chosen: what FSDP2 does not manage, nobody else would add.
-        whole = [] if self.groups["data"] is None else [p for p in self.params.values() if not is_over_data(p)]
+        groups = {p: self.groups["experts" if ranks_of_experts(p) > 1 else "data"] for p in self.params.values()}
+        whole = [p for p, group in groups.items() if group is not None and not is_over_data(p)]
         self.sum = ReplicatedSum(adapted_layers(self.model), in_parts=self._thawed_parts(), over_data=whole, **self.groups)
         self.cuts_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.fsdp = list(models.fsdp_modules(self.model))

@@ -58,13 +58,14 @@ class World:
             return None
         return self.experts["dp_replicate", "efsdp"] if self.parallel.dp_replicate > 1 else self.experts["efsdp"]
 
-    def expert_group(self) -> dist.ProcessGroup | None:
-        """The ranks of `same_experts`; None if this one is alone. Collective at first."""
-        mesh = self.same_experts
-        if mesh is None or mesh.size() == 1:
+    def expert_group(self, *axes: str) -> dist.ProcessGroup | None:
+        """The ranks that hold the same experts, and differ along these axes too; None if this one is alone. Collective at first."""
+        if self.experts is None:
             return None
-        several = [n for i, n in enumerate(mesh.mesh_dim_names or ()) if mesh.size(i) > 1]
-        return mesh.get_group(several[0]) if len(several) == 1 else mesh._flatten("same_experts").get_group()
+        names = tuple(n for n in ("dp_replicate", "efsdp", *axes) if self.experts[n].size() > 1)
+        if len(names) < 2:
+            return self.experts[names[0]].get_group() if names else None
+        return self.experts[names]._flatten("_".join(names)).get_group()
 
     def dp_group(self) -> dist.ProcessGroup | None:
         """The ranks that see other tokens and share this rank's place in pipeline and tensor parallelism; None if there are none."""
