@@ -49,7 +49,7 @@ def really(rank, assets, output, overrides):
     batch = MicroBatch(ids, ids, torch.arange(ROW).expand_as(ids), 0, 0, tokens=ids.numel())
     trainer.batches.step = lambda consumed: [batch] * trainer.batches.accumulation
     trainer.cuts_logits = False
-    with Ledger(world.mesh, {"dp": trainer.groups["data"]}) as ledger:
+    with Ledger(world.mesh, {"dp": trainer.groups["data"], **world.expert_axes()}) as ledger:
         loss, reduce = trainer.loss, trainer.sum.reduce
 
         def forward(batch):
@@ -136,6 +136,34 @@ def test_a_rehearsal_of_experts_under_tensor_parallelism(pool, tmp_path):
     for name in ("base", "adapters", "gradients", "optimiser", "unit", "read", "step"):
         assert getattr(plan, name) == real[name], name
     assert plan.paper == plan.last
+
+
+def evenly(rank, *args):
+    """`really`, with a router that sends as many rows to every expert."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter as Router
+
+    real = Router.forward
+
+    def forward(self, hidden_states):
+        logits, scores, index = real(self, hidden_states)
+        return logits, scores, torch.arange(index.numel()).view_as(index) % self.num_experts
+
+    with mock.patch.object(Router, "forward", forward):
+        return really(rank, *args)
+
+
+@pytest.mark.parametrize("options", [{"parallel__adapters": "shard", "train__activation_checkpointing": True}, {"parallel__tp": 2}])
+def test_a_rehearsal_of_experts_that_are_shared_out(pool, tmp_path, options):
+    assets = make_assets(tmp_path, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
+    peft = {"kind": "lora", "target_modules": "all-linear", "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    overrides = {"parallel__ep": 2, "model__dtype": "bfloat16", "peft": {**peft, "params": {"r": 4}}, **options}
+    real = pool.run(4, evenly, assets, tmp_path, overrides)[0]
+    config, shape = config_of(assets, tmp_path, **overrides), AutoConfig.from_pretrained(assets / "model")
+    plan = rehearse(config, shape, 4, ROW, None)
+    for name in ("base", "adapters", "gradients", "optimiser", "unit", "read", "step"):
+        assert getattr(plan, name) == real[name], name
+    assert plan.paper == plan.last
+    assert plan.last["forward", "ep", "all_to_all"] > 0
 
 
 def test_a_few_blocks_tell_of_many(assets, tmp_path):

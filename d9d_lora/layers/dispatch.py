@@ -76,6 +76,7 @@ class Journey:
     def even(cls, rows: int, experts: int, group: dist.ProcessGroup, device: torch.device, *, divide: float = 1) -> Self:
         """Where rows have no values (a rehearsal): as many to every expert, as a router is trained to do."""
         n = group.size()
+        all_to_all_single(torch.zeros(n, experts // n + 3, dtype=torch.int64, device=device), None, None, group)
         to = [rows * (i + 1) // n - rows * i // n for i in range(n)]
         got = [to[group.rank()]] * n
         mine = experts // n

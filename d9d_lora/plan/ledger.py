@@ -38,7 +38,7 @@ class Ledger(TorchDispatchMode):
         live: Bytes of the storages that were made here and live now.
         gathered: Those of them whose storage was resized at any time: FSDP2's whole parameters.
         peak: The most of `live` since `mark()`.
-        largest: The largest buffer that was gathered along `dp_shard` since `mark()`.
+        largest: The largest buffer that was gathered along `dp_shard` or `efsdp` since `mark()`.
     """
 
     def __init__(self, mesh: DeviceMesh | None, groups: Mapping[str, ProcessGroup | None] | None = None) -> None:
@@ -101,7 +101,7 @@ class Ledger(TorchDispatchMode):
         axis = self._axes.get(_group_name(args), "world")
         self.traffic[self.phase, axis, kind] += size
         self.count[self.phase, axis, kind] += 1
-        if (axis, kind) == ("dp_shard", "all_gather"):
+        if axis in ("dp_shard", "efsdp") and kind == "all_gather":
             self.largest = max(self.largest, size)
 
     def _note(self, storage: torch.UntypedStorage) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from d9d_lora.layers.experts import placed
-from d9d_lora.placement import local_of
+from d9d_lora.placement import local_of, ranks_of_experts
 from d9d_lora.plan.ledger import Key
+from d9d_lora.plan.paper_experts import experts_on_paper
 from d9d_lora.train import model as models
 from d9d_lora.train.replicated import is_over_data
 
@@ -36,6 +37,8 @@ def on_paper(rehearsal: "Rehearsal", row: int) -> Counter[Key]:
     found: Counter[Key] = Counter()
     blocks = tuple(f"{name}." for name, _ in models.blocks_of(model))
     for name, p in model.named_parameters():
+        if ranks_of_experts(p) > 1:
+            continue  # of these `paper_experts.py` tells
         if world.dp_size > 1 and is_over_data(p):
             whole = padded(p, parallel.dp_shard, parallel.tp)
             if parallel.dp_shard > 1:
@@ -46,13 +49,14 @@ def on_paper(rehearsal: "Rehearsal", row: int) -> Counter[Key]:
                 found["backward", "dp_replicate", "all_reduce"] += whole // parallel.dp_shard if p.requires_grad else 0
     parts = {id(p) for p, _ in rehearsal.sum._in_parts()}
     data = "dp" if min(parallel.dp_replicate, parallel.dp_shard) > 1 else "dp_shard" if parallel.dp_shard > 1 else "dp_replicate"
-    for p in rehearsal.params.values():
+    for p in (p for p in rehearsal.params.values() if ranks_of_experts(p) == 1):
         over_data = world.dp_size > 1 and not is_over_data(p)
         axes = [data] * over_data + ["tp"] * (id(p) in parts)
         if axes:
             found["sum", axes[0] if len(axes) == 1 else "world", "all_reduce"] += local_of(p).nbytes + p.element_size() * over_data
     if parallel.tp > 1 and not parallel.sequence_parallel:
         found.update(_tensor_parallel(rehearsal, row))
+    found.update(experts_on_paper(rehearsal, row))
     return Counter({k: v for k, v in found.items() if v})
 
 

@@ -149,7 +149,7 @@ class Rehearsal(Trainer):
             self._hold(counts)
             ids = torch.zeros(data.micro_batch_size, row, dtype=torch.int64)
             batch = MicroBatch(ids, ids, torch.arange(row).expand_as(ids), 0, 0, packed=data.packing)
-            with Ledger(world.mesh, {"dp": self.groups["data"]}) as ledger:
+            with Ledger(world.mesh, {"dp": self.groups["data"], **world.expert_axes()}) as ledger:
                 for _ in range(2):  # the first step teaches the ledger which storages FSDP2 takes and gives back
                     self.model.zero_grad(set_to_none=True)
                     gc.collect()  # what the step before left in cycles would be freed in the midst of this one

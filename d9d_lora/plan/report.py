@@ -16,6 +16,8 @@ KIND_NAMES = {
     "dp_shard": {"all_gather": "FSDP gathers", "reduce_scatter": "FSDP scatters gradients"},
     "dp_replicate": {"all_reduce": "replicas sum gradients"},
     "tp": {},
+    "efsdp": {"all_gather": "FSDP gathers experts", "reduce_scatter": "FSDP scatters gradients of experts"},
+    "ep": {"all_to_all": "tokens to their experts and back, evenly routed"},
 }
 SUFFIXES = (".md", ".json", ".png", ".svg", ".pdf")
 
@@ -71,7 +73,7 @@ def _lie(p: Counts) -> str:
 
 def once_a_step(key: Key) -> bool:
     """Whether it travels with the last microbatch alone."""
-    return key[0] == "sum" or key[1:] in (("dp_shard", "reduce_scatter"), ("dp_replicate", "all_reduce"))
+    return key[0] == "sum" or key[1:] in (("dp_shard", "reduce_scatter"), ("efsdp", "reduce_scatter"), ("dp_replicate", "all_reduce"))
 
 
 def agreement(plans: Sequence[Counts], *, sequence_parallel: bool) -> str:

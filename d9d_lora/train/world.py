@@ -67,6 +67,17 @@ class World:
             return self.experts[names[0]].get_group() if names else None
         return self.experts[names]._flatten("_".join(names)).get_group()
 
+    def expert_axes(self) -> dict[str, dist.ProcessGroup]:
+        """The groups of ranks that experts add to those of the mesh, by names for people."""
+        if self.experts is None:
+            return {}
+        found = {n: self.experts[n].get_group() for n in ("ep", "efsdp") if self.experts[n].size() > 1}
+        for name, axes in (("experts", ()), ("experts x tp", ("tp",))):
+            several = [n for n in ("dp_replicate", "efsdp", *axes) if self.experts[n].size() > 1]
+            if len(several) > 1 and (group := self.expert_group(*axes)) is not None:
+                found[name] = group
+        return found
+
     def dp_group(self) -> dist.ProcessGroup | None:
         """The ranks that see other tokens and share this rank's place in pipeline and tensor parallelism; None if there are none."""
         return self.group_over(*GRADIENT_AXES)
