@@ -7,6 +7,11 @@
 An adapter joins inside, before the output is completed, so it adds no collective. Backwards every rank has a part of dx and of dp: they
 are added at the door, in one all-reduce. So the router, which stands before the door, has whole gradients and may be trained as it is.
 
+Under sequence parallelism each rank has its own tokens between blocks. The door and the leave are then those of the whole mixture, router
+included: tokens are gathered there, and the output's parts are scattered as they are summed; backwards the same, the other way round.
+All that is inside has gradients that are parts: the trainer sums those of a router that is trained whole, and refuses an adapter of it;
+a mixture with other layers in it (shared experts) is refused here.
+
 The plan of a transformers model says it by words: `moe_tp_experts` for the module, and `packed_colwise` (gate above up), `colwise` or
 `rowwise` for each of its stacks.
 """
@@ -19,7 +24,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from d9d_lora.boxes import cut, shard
@@ -34,11 +39,12 @@ class ExpertsParallel(ParallelStyle):
 
     Args:
         words: The plan's word for each stack.
+        alone: It brings whole inputs and completes the output by itself; else what is around it does (`MixtureOfTokens`).
     """
 
-    def __init__(self, words: Mapping[str, str]) -> None:
+    def __init__(self, words: Mapping[str, str], *, alone: bool = True) -> None:
         super().__init__()
-        self.words = words
+        self.words, self.alone = words, alone
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         axes = "EIO" if module.is_transposed else "EOI"
@@ -48,17 +54,40 @@ class ExpertsParallel(ParallelStyle):
             assert p is not None
             part = cut(p, device_mesh, shard(axes.index(letter), blocks))
             module.register_parameter(name, nn.Parameter(part, requires_grad=p.requires_grad))
-        module.register_forward_pre_hook(lambda m, args, kwargs: _enter(args, kwargs, device_mesh), with_kwargs=True)
-        module.register_forward_hook(lambda m, args, y: _Complete.apply(y, device_mesh.get_group()))
+        if self.alone:
+            module.register_forward_pre_hook(lambda m, args, kwargs: _enter(args, kwargs, device_mesh), with_kwargs=True)
+            module.register_forward_hook(lambda m, args, y: _Complete.apply(y, device_mesh.get_group()))
         place(module)
         return module
 
 
-def expert_styles(module: nn.Module, plan: Mapping[str, str], tp: int) -> tuple[dict[str, ParallelStyle], set[str]]:
+class MixtureOfTokens(ParallelStyle):
+    """A mixture, router and experts, between blocks that have shards of the tokens: x [B, S / t, H] -> [B, S / t, H]."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def gather(m: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, *others = args
+            whole = DTensor.from_local(x, device_mesh, [Shard(1)], run_check=False).redistribute(placements=[Replicate()])
+            return whole.to_local(grad_placements=[Partial()]), *others
+
+        def scatter(m: nn.Module, args: object, y: Any) -> Tensor:
+            if not isinstance(y, Tensor):
+                raise ValueError(f"{type(m).__name__} gives a {type(y).__name__}; expected its output alone, of which each rank has a part")
+            return DTensor.from_local(y, device_mesh, [Partial()], run_check=False).redistribute(placements=[Shard(1)]).to_local()
+
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(scatter)
+        return module
+
+
+def expert_styles(
+    module: nn.Module, plan: Mapping[str, str], tp: int, *, sequence: bool = False
+) -> tuple[dict[str, ParallelStyle], set[str]]:
     """A style for each module of experts that a plan names, and the names of the plan that they settle.
 
     Args:
         plan: Words by starred names.
+        sequence: Between blocks each rank has its own tokens.
 
     Raises:
         ValueError: experts that cannot be shared out so.
@@ -72,8 +101,22 @@ def expert_styles(module: nn.Module, plan: Mapping[str, str], tp: int) -> tuple[
             words = {leaf: plan.get(f"{starred}.{leaf}", "") for leaf in products(m)}
             if why := _refuses(m, words, tp):
                 raise ValueError(f"parallel.tp={tp}: {name}: {why}")
-            found[name] = ExpertsParallel(words)
+            found[name] = ExpertsParallel(words, alone=not sequence)
+            if sequence:
+                mixture = name.rpartition(".")[0]
+                _refuse_others(module.get_submodule(mixture), mixture)
+                found[mixture] = MixtureOfTokens()
     return found, settled
+
+
+def _refuse_others(mixture: nn.Module, name: str) -> None:
+    """What else a mixture computes would be added on every rank."""
+    others = [n for n, m in mixture.named_modules() if isinstance(m, nn.Linear)]
+    if others:
+        raise ValueError(
+            f"parallel.sequence_parallel: {name} has the layers {others[:3]} beside its experts, and the parts of sums in a mixture of "
+            "shards are proven for experts alone; give sequence_parallel=false"
+        )
 
 
 def _refuses(host: Any, words: Mapping[str, str], tp: int) -> str | None:
@@ -144,4 +187,4 @@ def _sum(t: Tensor, group: Any) -> Tensor:
     return funcol.wait_tensor(funcol.all_reduce(t.contiguous(), "sum", group))
 
 
-__all__ = ["EXPERTS", "ExpertsParallel", "expert_styles"]
+__all__ = ["EXPERTS", "ExpertsParallel", "MixtureOfTokens", "expert_styles"]

@@ -83,6 +83,8 @@ class ParallelConfig(Strict):
         """With dp_shard a number, or an error that says which degrees would fit `world` processes."""
         if self.ep > 1 and (beside := [axis for axis in ("pp", "cp") if getattr(self, axis) > 1]):
             raise ValueError(f"parallel.ep={self.ep} with parallel.{beside[0]}: not proven yet; use ep with dp_shard, dp_replicate and tp")
+        if self.ep > 1 and self.sequence_parallel:
+            raise ValueError(f"parallel.ep={self.ep} with parallel.sequence_parallel: not proven yet; give sequence_parallel=false")
         others = self.pp * self.dp_replicate * self.cp * self.tp
         shard = world // others if self.dp_shard == -1 else self.dp_shard
         if self.dp_shard == 0 or others * shard != world:

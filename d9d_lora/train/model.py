@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Pr
 from torch.utils.checkpoint import checkpoint
 
 from d9d_lora.dropout import Clock
-from d9d_lora.expert_styles import expert_styles
+from d9d_lora.expert_styles import MixtureOfTokens, expert_styles
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.placement import local_of
 from d9d_lora.quant.load import packed_tensors, quantise_, quantised, sinks
@@ -149,9 +149,8 @@ def apply_tensor_parallel(base: Base, mesh: DeviceMesh, *, sequence: bool) -> No
             "own loop and inject afterwards"
         )
     check_heads(module, mesh.size(), plan)
-    styles, settled = expert_styles(module, plan, mesh.size())
-    if styles and sequence:
-        raise ValueError("parallel.sequence_parallel: experts are shared out over whole tokens only; give sequence_parallel=false")
+    styles, settled = expert_styles(module, plan, mesh.size(), sequence=sequence)
+    routers = [name for name, style in styles.items() if isinstance(style, MixtureOfTokens)]
     plan = {name: word for name, word in plan.items() if name not in settled}
     for name, word in plan.items():
         if word not in _STYLES:
@@ -177,6 +176,9 @@ def apply_tensor_parallel(base: Base, mesh: DeviceMesh, *, sequence: bool) -> No
         norm_of_heads = plan.get(_starred(name)) == "replicated_with_grad_allreduce"
         if norm_of_heads or (sequence and _is_norm(name)):
             base.in_parts += [(m, leaf) for leaf, p in m.named_parameters(recurse=False) if not isinstance(p, DTensor)]
+    for mixture in map(module.get_submodule, routers):
+        parts = [(m, leaf) for m in mixture.modules() for leaf, p in m.named_parameters(recurse=False) if not isinstance(p, DTensor)]
+        base.in_parts += parts
 
 
 def _parents(starred: Collection[str], module: nn.Module) -> list[str]:

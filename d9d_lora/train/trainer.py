@@ -30,6 +30,7 @@ from d9d_lora.context import ContextParallel
 from d9d_lora.init.data import Step
 from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.method import PeftMethod
+from d9d_lora.mixture import stacks
 from d9d_lora.placement import ReplicatedSum, at_least_fp32, key_of, ranks_of_experts
 from d9d_lora.registry import peft_method_from_config
 from d9d_lora.share_experts import share_experts
@@ -154,6 +155,8 @@ class Trainer:
         if world.parallel.pp > 1:
             check_pieces(self.model)
             check_microbatches(world.parallel, *self._microbatches())
+        if world.parallel.cp > 1 and world.parallel.sequence_parallel and stacks(self.model):
+            raise ValueError("parallel.cp and sequence_parallel: not proven together for models with experts; give sequence_parallel=false")
         if world.parallel.tp > 1:
             assert world.mesh is not None
             models.apply_tensor_parallel(self.base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
