@@ -43,6 +43,7 @@ def config_of(assets: Path, output: Path, **overrides: Any) -> RunConfig:
         "train": {"steps": 6, "log_every": 100, "device": "cpu", "check_every": 2},
         "checkpoint": {"resume": "never"},
         "tracker": {"tensorboard": False, "plot": False},
+        "export": {},
     }
     for key, value in overrides.items():
         node = container

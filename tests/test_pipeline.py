@@ -1,6 +1,9 @@
-"""Pipelines: every schedule and layout gives the losses, norms and adapter of one process; what cannot be cut is refused."""
+"""A run over a pipeline is the run of one process: losses, every gradient, weights and files, under every schedule."""
 
 import contextlib
+import os
+import signal
+from unittest import mock
 
 import pytest
 import torch
@@ -9,35 +12,78 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from d9d_lora import dropout, inject_peft_and_freeze, peft_method_from_config
+from d9d_lora.layers.shared import SharedFactor
 from d9d_lora.methods import adalora
+from d9d_lora.placement import full_of
+from d9d_lora.state import atomic
 from d9d_lora.train import checks, pipeline, stages, trainer
 from d9d_lora.train.config import ParallelConfig
 from tests.small_run import losses, make_assets, run
 
 PP = {"parallel__pp": 2}
+ZBV = {**PP, "parallel__schedule": "zbv", "parallel__stages_per_rank": 2}
 LAYOUTS = {
-    "gpipe": (4, {"parallel__pp": 4, "parallel__schedule": "gpipe"}),
-    "1f1b": (2, PP),
+    "gpipe": (2, {**PP, "parallel__schedule": "gpipe"}),
+    "1f1b": (4, {"parallel__pp": 4}),
     "interleaved_1f1b": (2, {**PP, "parallel__schedule": "interleaved_1f1b", "parallel__stages_per_rank": 2}),
     "zero_bubble": (2, {**PP, "parallel__schedule": "zero_bubble"}),
-    "zbv": (2, {**PP, "parallel__schedule": "zbv", "parallel__stages_per_rank": 2}),
-    "pp2_fsdp2": (4, {**PP, "parallel__dp_shard": 2, "parallel__adapters": "shard"}),
-    "zbv_fsdp2": (4, {**PP, "parallel__schedule": "zbv", "parallel__stages_per_rank": 2, "parallel__adapters": "shard"}),
-    "pp2_tp2": (4, {**PP, "parallel__tp": 2}),
-    "pp2_fsdp2_tp2": (8, {**PP, "parallel__dp_shard": 2, "parallel__tp": 2}),
+    "zbv_fsdp2": (4, {**ZBV, "parallel__adapters": "shard"}),
+    "pp2_fsdp2_tp2": (8, {**PP, "parallel__tp": 2}),
 }
+ATTENTION = ["q_proj", "v_proj"]
+METHODS = {
+    "vblora": {"kind": "vblora", "target_modules": ATTENTION, "params": {"r": 2, "num_vectors": 8, "vector_length": 4, "dropout": 0.1}},
+    "adalora": {"kind": "adalora", "target_modules": ATTENTION, "params": {"init_r": 4, "target_r": 2, "alpha": 8}},
+    "pissa": {"kind": "lora", "target_modules": ATTENTION, "params": {"r": 2, "alpha": 4, "init_lora_weights": "pissa"}},
+    "several": {"kind": "stack", "methods": [
+        {"kind": "randlora", "target_modules": ATTENTION, "params": {"r": 4, "alpha": 8}},
+        {"kind": "lora", "target_modules": ["embed_tokens", "down_proj"], "params": {"r": 2, "alpha": 4}},
+        {"kind": "full_tune", "module_name_pattern": ".*norm"},
+    ]},
+    "last only": {"kind": "lora", "target_modules": ATTENTION, "layers_to_transform": [4], "params": {"r": 2, "alpha": 4}},
+    "first only": {"kind": "lora", "target_modules": ATTENTION, "layers_to_transform": [0], "params": {"r": 2, "alpha": 4}},
+    "experts": {"kind": "lora", "target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"], "params": {"r": 2}},
+}  # fmt: skip
+SHORT = {"train__steps": 3}
 
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):
+    """Llamas with the embeddings tied to the head, which the first and the last stage hold."""
     return make_assets(tmp_path_factory.mktemp("assets"), num_hidden_layers=5)
+
+
+def traced(rank, assets, output, overrides):
+    """A run, and what this rank knows of it: the gradients of its last step, and the factors that all stages share, whole."""
+    gradients, shared = {}, {}
+    real = trainer.Trainer._clip
+
+    def clip(self):
+        norm = real(self)
+        gradients.update({n: full_of(p.grad).clone() for n, p in self.params.items() if p.grad is not None})
+        shared.update({n: full_of(m.weight.detach()) for n, m in self.model.named_modules() if isinstance(m, SharedFactor)})
+        return norm
+
+    with mock.patch.object(trainer.Trainer, "_clip", clip):
+        return {**run(rank, assets, output, overrides), "gradients": gradients, "factors": shared}
 
 
 @pytest.fixture(scope="module")
 def one(pool, assets, tmp_path_factory):
-    output = tmp_path_factory.mktemp("one") / "run"
-    (summary,) = pool.run(1, run, assets, output, {"checkpoint__every": 3})
-    return output, summary
+    """One process, once for each config: the directory and what it told."""
+    runs = {}
+
+    def of(overrides):
+        key = repr(overrides)
+        if key not in runs:
+            output = tmp_path_factory.mktemp("one")
+            runs[key] = output, pool.run(1, traced, assets, output, overrides)[0]
+        return runs[key]
+
+    return of
+
+
+FULL = {"checkpoint__every": 3}
 
 
 def close(found, expected, tolerance=1e-9):
@@ -49,104 +95,81 @@ def norms(summary):
     return [m["gradient_norm"] for m in summary["metrics"] if "loss" in m]
 
 
-def alike(path, summary, one):
+def same(found, expected):
+    """Tensors by name: those of one process, whichever rank holds them, and to the bit those of another rank that does too."""
+    every = {}
+    for part in found:
+        for name, value in part.items():
+            assert torch.equal(every.setdefault(name, value), value), name
+    assert every.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (every[name] - value).abs().max() <= 1e-7 * value.abs().max(), name
+
+
+def alike(path, ranks, one):
     output, expected = one
-    close(losses(summary), losses(expected))
-    close(norms(summary), norms(expected))
-    close([summary["after"]["loss"]], [expected["after"]["loss"]])
-    assert summary["after"]["exact_match"] == expected["after"]["exact_match"]
-    ours, theirs = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (path, output))
-    assert ours.keys() == theirs.keys()
-    assert all((ours[k] - theirs[k]).abs().max() < 1e-8 for k in ours)
-    assert (path / "adapter" / "adapter_config.json").read_bytes() == (output / "adapter" / "adapter_config.json").read_bytes()
+    close(losses(ranks[0]), losses(expected))
+    close(norms(ranks[0]), norms(expected))
+    same([r["gradients"] for r in ranks], expected["gradients"])
+    same([r["factors"] for r in ranks], expected["factors"])
+    close([ranks[0]["after"]["loss"]], [expected["after"]["loss"]])
+    assert ranks[0]["after"]["exact_match"] == expected["after"]["exact_match"]
+    (file,) = (output / "adapter").glob("*.safetensors")
+    same([load_file(path / "adapter" / file.name)], load_file(file))
+    for name in ("adapter_config.json", "method.json"):
+        assert [p.read_bytes() for p in (path / "adapter").glob(name)] == [p.read_bytes() for p in (output / "adapter").glob(name)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_schedule_and_layout_is_as_one_process(pool, assets, one, tmp_path, layout):
     world, degrees = LAYOUTS[layout]
-    alike(tmp_path, pool.run(world, run, assets, tmp_path, degrees)[0], one)
-
-
-# -- methods that weigh all layers together, stages that have none ------------------------------------------------------------------
-
-ATTENTION = ["q_proj", "v_proj"]
-METHODS = {
-    "vblora": {"kind": "vblora", "target_modules": ATTENTION, "params": {"r": 2, "num_vectors": 8, "vector_length": 4, "dropout": 0.1}},
-    "adalora": {"kind": "adalora", "target_modules": ATTENTION, "params": {"init_r": 4, "target_r": 2, "alpha": 8}},
-    "randlora": {"kind": "randlora", "target_modules": ATTENTION, "params": {"r": 4, "alpha": 8}},
-    "pissa": {"kind": "lora", "target_modules": ATTENTION, "params": {"r": 2, "alpha": 4, "init_lora_weights": "pissa"}},
-    "whole": {"kind": "stack", "methods": [
-        {"kind": "lora", "target_modules": [*ATTENTION, "embed_tokens"], "params": {"r": 2, "alpha": 4}},
-        {"kind": "full_tune", "module_name_pattern": ".*norm"},
-    ]},
-    "last only": {"kind": "lora", "target_modules": ATTENTION, "layers_to_transform": [4], "params": {"r": 2, "alpha": 4}},
-    "first only": {"kind": "lora", "target_modules": ATTENTION, "layers_to_transform": [0], "params": {"r": 2, "alpha": 4}},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def expected(pool, assets, tmp_path_factory):
-    """One process with a method, once."""
-    runs = {}
-
-    def of(method):
-        if method not in runs:
-            output = tmp_path_factory.mktemp("expected")
-            runs[method] = output, pool.run(1, run, assets, output, {"peft": METHODS[method], "train__steps": 4})[0]
-        return runs[method]
-
-    return of
+    alike(tmp_path, pool.run(world, traced, assets, tmp_path, {**degrees, **FULL}), one(FULL))
 
 
 @pytest.mark.parametrize(
     "method,layout",
     [
-        ("vblora", "1f1b"),
         ("vblora", "zero_bubble"),
-        ("vblora", "pp2_fsdp2"),
         ("adalora", "interleaved_1f1b"),
-        ("randlora", "1f1b"),
-        ("pissa", "zbv"),
-        ("whole", "1f1b"),
+        ("pissa", "zbv_fsdp2"),
+        ("several", "gpipe"),
         ("last only", "zero_bubble"),
-        ("last only", "zbv_fsdp2"),
         ("first only", "gpipe"),
     ],
 )
-def test_what_is_of_all_stages(pool, assets, expected, tmp_path, method, layout):
+def test_what_is_of_all_stages(pool, assets, one, tmp_path, method, layout):
+    """Shared banks and bases, one budget, starts that move the base, a tied embedding with an adapter, stages without any."""
     world, degrees = LAYOUTS[layout]
-    peft = {"peft": METHODS[method], "train__steps": 4}
-    output, summary = expected(method)
-    found = pool.run(world, run, assets, tmp_path, {**degrees, **peft})[0]
-    close(losses(found), losses(summary))
-    close(norms(found), norms(summary))
-    name = next(p.name for p in (output / "adapter").glob("*.safetensors"))
-    ours, theirs = (load_file(p / "adapter" / name) for p in (tmp_path, output))
-    assert ours.keys() == theirs.keys()
-    assert all((ours[k] - theirs[k]).abs().max() < 1e-7 for k in ours)
+    peft = {"peft": METHODS[method], **SHORT}
+    alike(tmp_path, pool.run(world, traced, assets, tmp_path, {**degrees, **peft}), one(peft))
 
 
-# -- checkpoints, bytes, recomputation, packing --------------------------------------------------------------------------------------
+def test_experts(pool, tmp_path):
+    """Qwen3-MoE, untied, over two stages of two shards each."""
+    fields = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8, "num_hidden_layers": 3}
+    assets = make_assets(tmp_path / "assets", "qwen3_moe", tie_word_embeddings=False, **fields)
+    peft = {"peft": METHODS["experts"], **SHORT}
+    one = tmp_path / "one", pool.run(1, traced, assets, tmp_path / "one", peft)[0]
+    alike(tmp_path / "pp", pool.run(4, traced, assets, tmp_path / "pp", {**PP, "parallel__adapters": "shard", **peft}), one)
 
 
-def test_a_resume_with_another_pp_goes_on_as_one_process_and_writes_its_bytes(pool, assets, one, tmp_path):
-    path = one[0] / "checkpoints" / "step_00000003"
-    found = pool.run(2, run, assets, tmp_path / "pp2", {**PP, "checkpoint__resume": str(path), "checkpoint__every": 1})[0]
-    close(losses(found), losses(one[1])[3:])
-    again = str(tmp_path / "pp2" / "checkpoints" / "step_00000004")
-    back = pool.run(2, run, assets, tmp_path / "fsdp2", {"checkpoint__resume": again})[0]
-    close(losses(back), losses(one[1])[4:])
-    # nothing is trained, and both write what the checkpoint holds
-    pool.run(2, run, assets, tmp_path / "still", {**PP, "train__steps": 3, "checkpoint__resume": str(path)})
+# -- checkpoints, bytes, recomputation, packing, precision ---------------------------------------------------------------------------
+
+
+def test_nothing_trained_is_written_in_the_bytes_of_one_process(pool, assets, one, tmp_path):
+    output = one(FULL)[0]
+    still = {**PP, **SHORT, "checkpoint__resume": str(output / "checkpoints" / "step_00000003"), "export__profiles": ["vllm"]}
+    pool.run(2, run, assets, tmp_path, still)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "still" / "adapter" / name).read_bytes() == (path / "adapter" / name).read_bytes()
+        assert (tmp_path / "adapter" / name).read_bytes() == (output / "checkpoints" / "step_00000003" / "adapter" / name).read_bytes()
+    assert list((tmp_path / "export" / "vllm").glob("*.safetensors"))
 
 
 def reports(rank, assets, output, overrides):
     real, found = trainer.models.load, []
     trainer.models.load = lambda *args: found.append(real(*args)) or found[0]
     try:
-        run(rank, assets, output, {**overrides, "train__steps": 2})
+        run(rank, assets, output, {**overrides, "train__steps": 1, "data__eval_fraction": 0.0})
     finally:
         trainer.models.load = real
     return found[0].bytes_read
@@ -160,20 +183,20 @@ def test_a_rank_reads_the_bytes_of_its_stage(pool, assets, tmp_path):
     assert (first, last) == (head + 3 * layer, head + 2 * layer + 24 * 4)
 
 
-def test_recomputation_and_packing(pool, assets, tmp_path):
-    """Blocks that are computed again draw the masks of their forward, whatever forwards came between."""
-    options = {"train__activation_checkpointing": True, "data__packing": True, "data__batch_size": 4, "train__steps": 3}
-    (expected,) = pool.run(1, run, assets, tmp_path / "one", options)
-    found = pool.run(2, run, assets, tmp_path / "pp2", {**options, **PP})[0]
-    close(losses(found), losses(expected))
-    close(norms(found), norms(expected))
-
-
-def test_half_precision_with_parameters_trained_whole(pool, assets, tmp_path):
-    options = {"peft": METHODS["whole"], "model__dtype": "bfloat16", "train__steps": 3}
-    (expected,) = pool.run(1, run, assets, tmp_path / "one", options)
-    found = pool.run(2, run, assets, tmp_path / "pp2", {**options, **PP})[0]
-    close(losses(found), losses(expected), 2e-2)
+@pytest.mark.parametrize(
+    "options,tolerance",
+    [
+        # blocks that are computed again draw the masks of their forward, whatever forwards came between
+        ({"train__activation_checkpointing": True, "data__packing": True, "data__batch_size": 4}, 1e-9),
+        ({"peft": METHODS["several"], "model__dtype": "bfloat16"}, 2e-2),
+        ({"model__quantise": "nf4", "model__dtype": "float32"}, 1e-5),
+    ],
+    ids=["recomputed and packed", "bfloat16 with norms in fp32", "nf4"],
+)
+def test_options(pool, assets, one, tmp_path, options, tolerance):
+    found, expected = pool.run(2, run, assets, tmp_path, {**options, **PP, **SHORT})[0], one({**options, **SHORT})[1]
+    close(losses(found), losses(expected), tolerance)
+    close(norms(found), norms(expected), 10 * tolerance)
 
 
 # -- mutations ----------------------------------------------------------------------------------------------------------------------
@@ -195,42 +218,39 @@ def no_time(self):
     return contextlib.nullcontext()
 
 
+VBLORA, RECOMPUTED = {"peft": METHODS["vblora"], **SHORT}, {"train__activation_checkpointing": True, **SHORT}
 MUTATIONS = {
-    "the bank is not summed over stages": (pipeline.Pipeline, "sum_shared", nothing, {"peft": METHODS["vblora"]}),
-    "every stage has its own norm": (pipeline.Pipeline, "total", here, {}),
-    "the bank counts in the norm on each stage": (pipeline.Pipeline, "counted", lambda self, p: True, {"peft": METHODS["vblora"]}),
-    "the loss is divided a stage": (pipeline.Pipeline, "train", a_stage_at_a_time, {}),
-    "the clock is not set back": (dropout.Clock, "again", no_time, {"train__activation_checkpointing": True}),
-    "every stage has its own budget": (adalora.AdaLoRA, "across", nothing, {"peft": METHODS["adalora"]}),
+    "the bank is not summed over stages": (pipeline.Pipeline, "sum_shared", nothing, VBLORA),
+    "every stage has its own norm": (pipeline.Pipeline, "total", here, SHORT),
+    "the bank counts in the norm on each stage": (pipeline.Pipeline, "counted", lambda self, p: True, VBLORA),
+    "the loss is divided a stage": (pipeline.Pipeline, "train", a_stage_at_a_time, SHORT),
+    "the clock is not set back": (dropout.Clock, "again", no_time, RECOMPUTED),
+    "every stage has its own budget": (adalora.AdaLoRA, "across", nothing, {"peft": METHODS["adalora"], **SHORT}),
 }
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_mutations_are_seen(pool, assets, one, expected, tmp_path, mutation):
-    overrides = MUTATIONS[mutation][-1]
-    method = next((m for m, peft in METHODS.items() if peft is overrides.get("peft")), None)
-    of_one = one[1] if method is None else expected(method)[1]
-    steps = {"train__steps": len(losses(of_one))}
-    told, found = "", None
-    try:
-        found = pool.run(2, run_mutated, assets, tmp_path, mutation, steps)[0]
-    except AssertionError as fault:
-        told = str(fault)
-    if found is None:
-        assert "replicated parameters differ between ranks" in told  # of the bank, at the save
+def test_mutations_are_seen(pool, assets, one, tmp_path, mutation):
+    expected, found = one(MUTATIONS[mutation][-1])[1], pool.run(2, run_mutated, assets, tmp_path, mutation)[0]
+    if isinstance(found, str):
+        assert "replicated parameters differ between ranks" in found  # of the bank, at the save
     else:
-        apart = [abs(a / b - 1) for f in (losses, norms) for a, b in zip(f(found), f(of_one), strict=True)]
+        apart = [abs(a / b - 1) for f in (losses, norms) for a, b in zip(f(found), f(expected), strict=True)]
         assert max(apart) > 1e-6
 
 
-def run_mutated(rank, assets, output, mutation, steps):
+def run_mutated(rank, assets, output, mutation):
     owner, name, value, overrides = MUTATIONS[mutation]
-    real = getattr(owner, name)
-    setattr(owner, name, value)
+    with mock.patch.object(owner, name, value):
+        return told(rank, assets, output, {**PP, "train__check_every": 100, "data__eval_fraction": 0.0, **overrides})
+
+
+def told(rank, assets, output, overrides):
+    """A run, or what it says when it stops."""
     try:
-        return run(rank, assets, output, {**PP, "train__check_every": 100, **steps, **overrides})
-    finally:
-        setattr(owner, name, real)
+        return run(rank, assets, output, overrides)
+    except (checks.AdapterFault, ValueError) as fault:
+        return str(fault)
 
 
 def with_a_dead_stage(rank, assets, output):
@@ -242,21 +262,15 @@ def with_a_dead_stage(rank, assets, output):
         for p in self.params.values() if rank == 1 else ():
             p.register_post_accumulate_grad_hook(lambda q: setattr(q, "grad", None))
 
-    trainer.Trainer._build = build
-    try:
-        run(rank, assets, output, {**PP, "train__steps": 3})
-    except checks.AdapterFault as fault:
-        return str(fault)
-    finally:
-        trainer.Trainer._build = real
-    return ""
+    with mock.patch.object(trainer.Trainer, "_build", build):
+        return told(rank, assets, output, {**PP, **SHORT, "data__eval_fraction": 0.0})
 
 
 def test_a_stage_without_gradients_is_found_by_all_ranks(pool, assets, tmp_path):
-    for told in pool.run(2, with_a_dead_stage, assets, tmp_path):
-        assert "28 of 70 trained parameters have had no gradient" in told
-        assert "model.layers.3." in told
-        assert "model.layers.0." not in told
+    for text in pool.run(2, with_a_dead_stage, assets, tmp_path):
+        assert "28 of 70 trained parameters have had no gradient" in text
+        assert "model.layers.3." in text
+        assert "model.layers.0." not in text
     assert not (tmp_path / "adapter").exists()
 
 
@@ -332,5 +346,37 @@ def test_models_that_cannot_be_cut():
 
 
 def test_a_run_that_is_refused_says_what_fits(pool, assets, tmp_path):
-    with pytest.raises(AssertionError, match=r"a step has 1 microbatches on each rank.*data.batch_size=2"):
-        pool.run(2, run, assets, tmp_path, {**PP, "data__batch_size": 1})
+    for text in pool.run(2, told, assets, tmp_path, {**PP, "data__batch_size": 1}):
+        assert "a step has 1 microbatches on each rank" in text
+        assert "data.batch_size=2" in text
+
+
+# -- last, as it costs the pool its workers -----------------------------------------------------------------------------------------
+
+
+def killed_in_a_save(rank, assets, output, overrides):
+    """The first rank dies in the middle of its second save: tensors are written, and the directory is not yet in its place."""
+    saves, real = [], atomic.digest
+
+    def die(root):
+        saves.append(root)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(root)
+
+    atomic.digest = die
+    run(rank, assets, output, overrides)
+
+
+def test_killed_in_a_save_it_resumes_with_another_pp(pool, assets, one, tmp_path):
+    """One process, then a pipeline that is killed, then shards: one run. The pipeline writes beside the training."""
+    output, expected = one(FULL)
+    path = output / "checkpoints" / "step_00000003"
+    with pytest.raises(AssertionError, match="exit code -9"):
+        pool.run(2, killed_in_a_save, assets, tmp_path, {**PP, "checkpoint__resume": str(path), "checkpoint__every": 1})
+    checkpoints = tmp_path / "checkpoints"
+    assert (checkpoints / "latest").read_text().strip() == "step_00000004"
+    assert list(checkpoints.glob(".tmp_*")), "the kill was meant to leave a half-written directory"
+    ours = pool.run(2, traced, assets, tmp_path, {"checkpoint__resume": "must", "checkpoint__every": 100})
+    close(losses(ours[0])[-2:], losses(expected)[4:])
+    same([r["gradients"] for r in ours], expected["gradients"])
