@@ -96,7 +96,7 @@ class Ledger(TorchDispatchMode):
         return result
 
     def _collective(self, kind: str, size: int, args: Any) -> None:
-        if size <= SCALARS:
+        if size <= SCALARS or kind == "recv":  # what is received, another rank has sent
             return
         axis = self._axes.get(_group_name(args), "world")
         self.traffic[self.phase, axis, kind] += size

@@ -59,7 +59,7 @@ def plan(arguments: Sequence[str]) -> None:
     plans, refused = [], []
     for n in ranks:
         try:
-            plans.append(rehearsal.rehearse(config, shape, n, row, depth))
+            plans.extend(rehearsal.rehearse_ranks(config, shape, n, row, depth))
         except ValueError as error:
             refused.append(f"{n} ranks: {error}")
     if not plans:
@@ -71,8 +71,10 @@ def plan(arguments: Sequence[str]) -> None:
     title += f", {layout or 'FSDP2 over all ranks'}" + (", blocks recomputed" if config.train.activation_checkpointing else "")
     print(title)
     report.show(plans)
-    print(f"paper: {report.agreement(plans, sequence_parallel=parallel.sequence_parallel)}")
-    by = f"{rehearsal.BLOCKS} and {rehearsal.BLOCKS + 1} of {depth} equal blocks were rehearsed" if depth else "every block was rehearsed"
+    if parallel.pp == 1:
+        print(f"paper: {report.agreement(plans, sequence_parallel=parallel.sequence_parallel)}")
+    few = f"{rehearsal.BLOCKS} and {rehearsal.BLOCKS + 1}" + (" blocks a stage" if parallel.pp > 1 else "")
+    by = f"{few} of {depth} equal blocks were rehearsed" if depth else "every block was rehearsed"
     print(f"{by}; not in the peak: the allocator's slack, workspaces of kernels, buffers of the network")
     for line in refused:
         print(f"does not fit: {line}")

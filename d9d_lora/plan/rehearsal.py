@@ -6,6 +6,10 @@
 Rank 0 holds the most wherever something does not divide evenly. Equal blocks cost equally, so a deep model is rehearsed with three
 and with four of its blocks, and every number goes on along that line; where blocks differ, all of them run.
 
+Of a pipeline each rank is told. It runs its stages on one microbatch, one after another; how many are under way at a time is what torch's
+schedule says, and what travels between stages is a formula. Gathers are those of microbatches that are computed one by one: under
+a schedule a stage may find its root gathered still.
+
 [Note: what a rehearsal cannot see]
 The caching allocator's slack, workspaces of kernels, buffers of NCCL, the optimiser's temporaries, and that an accelerator may hold
 one gathered block more while it fetches the next. Attention keeps what torch's fused attention keeps on a CPU.
@@ -19,6 +23,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 from typing import Any
 from unittest import mock
 
@@ -28,6 +33,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from d9d_lora.placement import local_of
@@ -38,7 +44,9 @@ from d9d_lora.registry import peft_method_from_config
 from d9d_lora.train import model as models
 from d9d_lora.train.batches import MicroBatch, check_batch_size
 from d9d_lora.train.config import ParallelConfig, RunConfig
+from d9d_lora.train.pipeline import Pipeline, between_stages, most_kept, stages_here
 from d9d_lora.train.replicated import decide
+from d9d_lora.train.stages import Split, cut
 from d9d_lora.train.trainer import Trainer, of_length
 from d9d_lora.train.world import MESH_AXES, World
 from d9d_lora.walk import adapted_layers, adapter_tensors
@@ -56,7 +64,10 @@ class Counts:
         gradients, optimiser: Of the trained ones, between backward and step; AdamW's two averages.
         kept: Activations that a microbatch's forward leaves for its backward.
         unit: The largest FSDP2 unit, gathered.
-        peak: The most at any time of a step's forwards and backwards, everything above included.
+        peak: The most at any time of a step's forwards and backwards, everything above included. With a pipeline no more than this.
+        pp_rank: Of which rank of the pipeline the bytes are, if there is one. Elements, `whole`, `cut` and what says `all` are of all.
+        held: What is kept at most for all microbatches under way.
+        wire: Buffers for hidden states from other ranks, and for their gradients.
         replicated: Whether data parallelism leaves the adapters whole (`train/replicated.py`).
         whole, cut: Bytes of the adapters here if it does, and if it does not.
         read: From the base's files, by the dtype that the model's config names (bfloat16 if it names none).
@@ -86,21 +97,30 @@ class Counts:
     micro: Counter[Key] = field(default_factory=Counter)
     last: Counter[Key] = field(default_factory=Counter)
     paper: Counter[Key] = field(default_factory=Counter)
+    pp_rank: int | None = None
+    held: int = 0
+    wire: int = 0
+
+    @property
+    def column(self) -> str:
+        return f"{self.ranks:,} ranks" + ("" if self.pp_rank is None else f", pp {self.pp_rank}")
 
     @property
     def step(self) -> Counter[Key]:
         """Traffic of an optimiser step."""
         return Counter({k: self.last[k] + (self.accumulation - 1) * self.micro[k] for k in self.last | self.micro})
 
-    def beyond(self, other: "Counts", more: int) -> "Counts":
-        """This, and `more` times what it has more than `other`."""
+    def beyond(self, other: "Counts", more: Fraction, more_of_all: Fraction) -> "Counts":
+        """This, and `more` times what it has more than `other`; `more_of_all` times of what all ranks of a pipeline have together."""
         values: dict[str, Any] = {}
         for f in fields(self):
             here, there = getattr(self, f.name), getattr(other, f.name)
             if isinstance(here, Counter):
-                values[f.name] = Counter({k: here[k] + more * (here[k] - there[k]) for k in here | there})
-            elif f.name not in ("ranks", "accumulation", "tokens", "replicated"):
-                values[f.name] = here + more * (here - there)
+                values[f.name] = Counter({k: here[k] + int(more * (here[k] - there[k])) for k in here | there})
+            elif f.name in ("base_elements", "adapter_elements", "whole", "cut"):
+                values[f.name] = here + int(more_of_all * (here - there))
+            elif f.name not in ("ranks", "accumulation", "tokens", "replicated", "pp_rank"):
+                values[f.name] = here + int(more * (here - there))
         return replace(self, **values)
 
 
@@ -116,11 +136,6 @@ class Rehearsal(Trainer):
         self.method = peft_method_from_config(self._seeded(self.config.peft))
         if self.method.surveys:
             raise ValueError("peft: ranks of a start from data (eva, corda) follow from the data; plan with init_lora_weights=true")
-        if config.parallel.pp > 1:
-            raise ValueError(
-                "parallel.pp: a pipeline cannot be rehearsed yet; plan a stage by itself, with parallel.pp=1, the ranks of one stage, "
-                "and as many layers as it has"
-            )
         if config.train.compile:
             raise ValueError("a compiled run cannot be rehearsed; plan with train.compile=false, of which it needs no more")
         self._outline()
@@ -138,6 +153,7 @@ class Rehearsal(Trainer):
         check_batch_size(data.batch_size, data.micro_batch_size, world.dp_size)
         accumulation = data.batch_size // (data.micro_batch_size * world.dp_size)
         counts = Counts(world.size, accumulation, data.batch_size * row)
+        counts.pp_rank = None if self.split is None else world.pp_rank
         counts.replicated, counts.whole, counts.cut = self.choice.replicate, self.choice.whole, self.choice.cut
         with _fake(packed=data.packing):
             models.materialise(self.base, CPU)
@@ -149,6 +165,10 @@ class Rehearsal(Trainer):
             self._hold(counts)
             ids = torch.zeros(data.micro_batch_size, row, dtype=torch.int64)
             batch = MicroBatch(ids, ids, torch.arange(row).expand_as(ids), 0, 0, packed=data.packing)
+            if self.split is not None:
+                self._join_stages(self.split, counts, batch)
+            kept: dict[int | None, int] = {}
+            beyond: dict[int | None, int] = {}  # of the most that a stage needs at a time, what it does not keep
             with Ledger(world.mesh, {"dp": self.groups["data"], **world.expert_axes()}) as ledger:
                 for _ in range(2):  # the first step teaches the ledger which storages FSDP2 takes and gives back
                     self.model.zero_grad(set_to_none=True)
@@ -157,28 +177,63 @@ class Rehearsal(Trainer):
                     before = ledger.live
                     for last in (False, True) if accumulation > 1 else (True,):
                         ledger.traffic.clear()
-                        counts.kept = self._microbatch(ledger, batch, last)
+                        for stage in [None] if self.split is None else self.split.here:
+                            ledger.peak = ledger.live if self.split else ledger.peak
+                            kept[stage] = self._microbatch(ledger, batch, last, stage)
+                            beyond[stage] = ledger.peak - before - kept[stage]
+                        if last:
+                            ledger.phase = "sum"
+                            self._sum()
                         setattr(counts, "last" if last else "micro", Counter(ledger.traffic))
                     counts.unit, counts.peak = ledger.largest, ledger.peak - before
             counts.gradients = sum(bytes_of(p.grad) for p in self.params.values() if p.grad is not None)
+        counts.kept = counts.held = sum(kept.values())
+        if self.split is not None:
+            counts.held = most_kept(world.parallel, accumulation, world.pp_rank, {s: n for s, n in kept.items() if s is not None})
+            counts.peak = counts.held + max(beyond.values()) + counts.wire
+            for traffic in (counts.micro, counts.last):
+                traffic.update(between_stages(world.parallel, world.pp_rank, self._hidden(batch)))
         counts.peak += counts.base + counts.adapters + counts.optimiser
         counts.paper = on_paper(self, row)
         return counts
 
-    def _microbatch(self, ledger: Ledger, batch: MicroBatch, last: bool) -> int:
-        """As in `Trainer.train_step`; the bytes that the forward keeps, what FSDP2 has gathered apart."""
+    def _sum(self) -> None:
+        self.sum.reduce()
+        if self.split is not None:
+            self.pipeline.sum_shared()
+
+    def _hidden(self, batch: MicroBatch) -> int:
+        """Bytes of the hidden states of a microbatch."""
+        return batch.input_ids.numel() * self.pipeline.width * self.pipeline.dtype.itemsize
+
+    def _join_stages(self, split: Split, counts: Counts, batch: MicroBatch) -> None:
+        """What `Trainer._connect` does, but for what asks other ranks; and what comes from them."""
+        assert self.world.mesh is not None
+        parallel = self.world.parallel
+        self.pipeline = Pipeline(split, parallel, self.world.mesh, CPU, begin=lambda *_: None, score=self.loss, around=self._autocast)
+        shape = (*batch.input_ids.shape, self.pipeline.width)
+        self._given = {s: torch.empty(shape, dtype=self.pipeline.dtype, requires_grad=True) for s in split.here}
+        self._gradient = torch.empty(shape, dtype=self.pipeline.dtype)
+        ends = sum((s > 0) + (s < parallel.stages - 1) for s in split.here)  # also between two stages of one rank
+        counts.wire = counts.accumulation * ends * self._hidden(batch)
+
+    def _microbatch(self, ledger: Ledger, batch: MicroBatch, last: bool, stage: int | None = None) -> int:
+        """As in `Trainer.train_step`, of one stage if there are some; the bytes that the forward keeps, what FSDP2 has gathered apart."""
         for m in self.fsdp:
             m.set_requires_gradient_sync(last, recurse=False)
         before = ledger.live - ledger.gathered
         ledger.phase = "forward"
-        loss, *others = self.loss(batch)
+        out = self.loss(batch) if stage is None else self.pipeline.forward(stage, batch, self._given[stage] if stage else None)
         kept = ledger.live - ledger.gathered - before
         ledger.phase = "backward"
-        del others
-        (loss / 1).backward()
-        if last:
-            ledger.phase = "sum"
-            self.sum.reduce()
+        if isinstance(out, Tensor):
+            if out.requires_grad:  # no stage before it has an adapter: the schedule sends a gradient that nobody uses
+                out.backward(self._gradient)
+        else:
+            out = out[0]
+            (out / 1).backward()
+        for given in self._given.values() if stage is not None else ():
+            given.grad = None
         return kept
 
     def _hold(self, counts: Counts) -> None:
@@ -188,8 +243,10 @@ class Rehearsal(Trainer):
         trained = [*self.params.values(), *self.method.state(self.model).values()]
         counts.base, counts.adapters = sum(map(bytes_of, base)), sum(map(bytes_of, trained))
         counts.base_all, counts.adapters_all = (sum(copies(p, self.world) * p.nbytes for p in ps) for ps in (base, trained))
-        counts.base_elements = sum(p.numel() for n, p in self.model.named_parameters() if n not in own)
-        counts.adapter_elements = sum(p.numel() for p in self.params.values())
+        with contextlib.nullcontext() if self.split is None else self.split.whole():
+            names = adapter_tensors(self.model)
+            counts.base_elements = sum(p.numel() for n, p in self.model.named_parameters() if n not in names)
+            counts.adapter_elements = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         counts.optimiser = 2 * sum(map(bytes_of, self.params.values()))
         read = [p for n, p in self.model.named_parameters() if n not in own]  # once what is tied: files hold it once
         counts.read, counts.read_all = sum(local_of(p).numel() for p in read), sum(copies(p, self.world) * p.numel() for p in read)
@@ -200,10 +257,11 @@ def bytes_of(p: Tensor) -> int:
 
 
 def copies(p: Tensor, world: World) -> int:
-    """How many ranks hold each element of a tensor."""
+    """How many ranks of a stage hold each element of a tensor."""
+    ranks = world.size // world.parallel.pp
     if not isinstance(p, DTensor):
-        return world.size
-    return world.size // math.prod(p.device_mesh.size(i) for i, s in enumerate(p.placements) if not s.is_replicate())
+        return ranks
+    return ranks // math.prod(p.device_mesh.size(i) for i, s in enumerate(p.placements) if not s.is_replicate())
 
 
 def _no_documents(position_ids: Tensor) -> None:
@@ -221,19 +279,21 @@ def _fake(*, packed: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fake_world(size: int, parallel: ParallelConfig) -> Iterator[World]:
-    """This process as rank 0 of `size`."""
+def fake_world(size: int, parallel: ParallelConfig, pp_rank: int = 0) -> Iterator[World]:
+    """This process as rank 0 of `size`, or as the first of another pipeline rank."""
     parallel = parallel.resolved(size)
     if dist.is_initialized():
         raise RuntimeError("a rehearsal makes a process group of its own, and this process is in one already; plan in one process")
     if size == 1:
         yield World(0, 1, CPU, parallel, None)
         return
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    rank = pp_rank * size // parallel.pp
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
-        yield World(0, size, CPU, parallel, init_device_mesh("cpu", parallel.shape(MESH_AXES), mesh_dim_names=MESH_AXES))
+        yield World(rank, size, CPU, parallel, init_device_mesh("cpu", parallel.shape(MESH_AXES), mesh_dim_names=MESH_AXES))
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it holds this mesh; that of another rank is equal to it, and its groups have other names
 
 
 # -- depth ----------------------------------------------------------------------------------------------------------------------------
@@ -267,20 +327,24 @@ def depth_of(config: RunConfig, shape: Any) -> int | None:
     return depth if len(blocks) == depth and len(kinds) == 1 else None
 
 
-def rehearse(config: RunConfig, shape: Any, size: int, row: int, depth: int | None) -> Counts:
+def rehearse(config: RunConfig, shape: Any, size: int, row: int, depth: int | None, pp_rank: int = 0) -> Counts:
     """Counts of one step on `size` ranks; `depth` is what `depth_of` says, or None to run every block."""
 
     def counted(blocks: int | None, parallel: ParallelConfig) -> Counts:
-        with of_shape(config, shape, blocks) as shallow, fake_world(size, parallel) as world:
+        with of_shape(config, shape, blocks) as shallow, fake_world(size, parallel, pp_rank) as world:
             try:
                 return Rehearsal(shallow.model_copy(update={"parallel": parallel}), world).count(row)
             except DataDependentOutputException as error:
                 raise ValueError(f"this model's forward asks for the values of its tensors ({error}), and a rehearsal has none") from error
 
     def whole(parallel: ParallelConfig) -> Counts:
-        if depth is None:
-            return counted(None, parallel)
-        return counted(BLOCKS + 1, parallel).beyond(counted(BLOCKS, parallel), depth - BLOCKS - 1)
+        stages = parallel.stages
+        if depth is None or depth <= (BLOCKS + 1) * stages:
+            return counted(depth, parallel)
+        here = stages_here(parallel, pp_rank) if parallel.pp > 1 else [0]
+        held = sum(s in here for s in cut(depth, stages)) - (BLOCKS + 1) * len(here)  # blocks beyond those of the second rehearsal
+        four, three = (counted(n * stages, parallel) for n in (BLOCKS + 1, BLOCKS))
+        return four.beyond(three, Fraction(held, len(here)), Fraction(depth, stages) - BLOCKS - 1)
 
     found = whole(config.parallel)
     replicate, _ = decide(config.parallel.adapters, found.whole, found.cut)  # of all blocks, where a few may be small enough to be whole
@@ -288,3 +352,10 @@ def rehearse(config: RunConfig, shape: Any, size: int, row: int, depth: int | No
         found = whole(config.parallel.model_copy(update={"adapters": "replicate" if replicate else "shard"}))
     stored: torch.dtype = getattr(shape, "dtype", None) or torch.bfloat16
     return replace(found, read=found.read * stored.itemsize, read_all=found.read_all * stored.itemsize)
+
+
+def rehearse_ranks(config: RunConfig, shape: Any, size: int, row: int, depth: int | None) -> list[Counts]:
+    """`rehearse` of every rank of the pipeline, with the sums over all of them."""
+    plans = [rehearse(config, shape, size, row, depth, rank) for rank in range(config.parallel.pp)]
+    sums = {name: sum(getattr(p, name) for p in plans) for name in ("base_all", "adapters_all", "read_all")}
+    return [replace(p, **sums) for p in plans]

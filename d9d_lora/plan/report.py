@@ -40,6 +40,10 @@ def rows_of(plans: Sequence[Counts]) -> list[tuple[str, str, list[str]]]:
         return name, how, [write(value(p)) for p in plans]
 
     whole = "{:,}".format
+    staged = [
+        row("memory: kept activations of all microbatches under way", "schedule", lambda p: p.held),
+        row("memory: hidden states from other stages, and gradients", "formula", lambda p: p.wire),
+    ]
     rows = [
         row("parameters of the base", "shapes", lambda p: p.base_elements, whole),
         row("parameters trained", "shapes", lambda p: p.adapter_elements, whole),
@@ -52,6 +56,7 @@ def rows_of(plans: Sequence[Counts]) -> list[tuple[str, str, list[str]]]:
         row("memory: gradients", "counted", lambda p: p.gradients),
         row("memory: AdamW", "shapes", lambda p: p.optimiser),
         row("memory: kept activations", "counted", lambda p: p.kept),
+        *([] if plans[0].pp_rank is None else staged),
         row("memory: largest FSDP unit, whole", "counted", lambda p: p.unit),
         row("memory: peak, all of it", "counted", lambda p: p.peak),
         row("base, on all ranks together", "shapes", lambda p: p.base_all),
@@ -62,7 +67,7 @@ def rows_of(plans: Sequence[Counts]) -> list[tuple[str, str, list[str]]]:
     keys = list(dict.fromkeys(k for p in plans for k in p.last))
     for k in sorted(keys, key=once_a_step):
         when = "step" if once_a_step(k) else "microbatch"
-        rows.append(row(f"{when}: {name_of(k)}", "counted", lambda p, k=k: p.last[k]))  # type: ignore[misc]
+        rows.append(row(f"{when}: {name_of(k)}", "formula" if k[1:] == ("pp", "send") else "counted", lambda p, k=k: p.last[k]))  # type: ignore[misc]
     rows.append(row("step: all traffic", "counted", lambda p: sum(p.step.values())))
     return rows
 
@@ -89,7 +94,7 @@ def agreement(plans: Sequence[Counts], *, sequence_parallel: bool) -> str:
 
 
 def markdown(plans: Sequence[Counts]) -> str:
-    head = ["of one rank, unless it says all", "found by", *(f"{p.ranks:,} ranks" for p in plans)]
+    head = ["of one rank, unless it says all", "found by", *(p.column for p in plans)]
     lines = [head, ["---", "---", *("---:" for _ in plans)], *([name, how, *values] for name, how, values in rows_of(plans))]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -104,7 +109,7 @@ def show(plans: Sequence[Counts]) -> None:
     table.add_column("of one rank, unless it says all", no_wrap=True)
     table.add_column("found by")
     for p in plans:
-        table.add_column(f"{p.ranks:,} ranks", justify="right", no_wrap=True)
+        table.add_column(p.column, justify="right", no_wrap=True)
     for name, how, values in rows_of(plans):
         table.add_row(name, how, *values)
     console.print(table)
@@ -137,18 +142,18 @@ def draw(plans: Sequence[Counts], title: str, picture: Path) -> None:
     parts: list[tuple[str, Callable[[Counts], int]]] = [
         ("base", lambda p: p.base),
         ("adapters, AdamW", lambda p: p.adapters + p.optimiser),
-        ("kept activations", lambda p: p.kept),
-        ("the rest of the peak: gathered units, gradients, temporaries", lambda p: p.peak - p.base - p.adapters - p.optimiser - p.kept),
+        ("kept activations", lambda p: p.held),
+        ("the rest of the peak: gathered units, gradients, temporaries", lambda p: p.peak - p.base - p.adapters - p.optimiser - p.held),
     ]
     figure = Figure(figsize=(1.6 * len(plans) + 4, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    names, floor = [f"{p.ranks:,}" for p in plans], [0.0] * len(plans)
+    names, floor = [p.column.removesuffix(" ranks").replace(" ranks, ", "\n") for p in plans], [0.0] * len(plans)
     for label, value in parts:
         heights = [max(0, value(p)) / 2**30 for p in plans]
         axes.bar(names, heights, bottom=floor, label=label, width=0.6)
         floor = [a + b for a, b in zip(floor, heights)]
     axes.set_xlabel("ranks")
-    axes.set_ylabel("GiB on rank 0 at the peak")
+    axes.set_ylabel("GiB on a rank at the peak")
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8)
     figure.savefig(picture, dpi=120)

@@ -24,7 +24,7 @@ last is the last: a hook on the output counts.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -83,6 +83,36 @@ def check_microbatches(parallel: ParallelConfig, n: int, unit: int) -> None:
     )
 
 
+def most_kept(parallel: ParallelConfig, n: int, rank: int, kept: Mapping[int, int]) -> int:
+    """The most that a rank keeps at a time in a step of n microbatches, if a forward of a stage keeps so many bytes for its backward."""
+    if parallel.schedule in ("gpipe", "1f1b"):
+        return sum(kept.values()) * (n if parallel.schedule == "gpipe" else min(n, parallel.pp - rank))
+
+    class Held:  # what the schedule asks of a stage before it runs
+        group_size, group_rank, num_stages, submod = parallel.pp, rank, parallel.stages, nn.Identity()
+
+    held = [Held() for _ in range(parallel.stages_per_rank)]
+    order = SCHEDULES[parallel.schedule](held, n, loss_fn=lambda loss, _: loss).pipeline_order[rank]
+    now = most = 0
+    for action in order:
+        if action is not None:
+            begun = {"FORWARD": 1, "FULL_BACKWARD": -1, "BACKWARD_INPUT": -1}.get(action.computation_type.name, 0)  # [Note: one backward]
+            now += begun * kept[action.stage_index]
+            most = max(most, now)
+    return most
+
+
+def between_stages(parallel: ParallelConfig, rank: int, hidden: int) -> dict[tuple[str, str, str], int]:
+    """Bytes that a rank sends for a microbatch, whose hidden states have so many: forth, and the gradients back. It is sent as many.
+
+    What a stage hands to one on the same rank does not travel.
+    """
+    here = stages_here(parallel, rank)
+    forth = sum(s + 1 < parallel.stages and s + 1 not in here for s in here) * hidden
+    back = sum(s > 0 and s - 1 not in here for s in here) * hidden
+    return {key: n for key, n in ((("forward", "pp", "send"), forth), (("backward", "pp", "send"), back)) if n}
+
+
 def _no_second_part() -> Callable[[], None]:
     return lambda: None
 
@@ -131,8 +161,8 @@ class Pipeline:
         register_fsdp_forward_method(split.model, "stage_forward")
         with split.whole():
             # the residual stream has the dtype of the embeddings: what is trained whole is held in fp32, and so is what it makes
-            self._dtype: torch.dtype = split.model.get_input_embeddings().weight.dtype  # type: ignore[operator]
-        self._width: int = split.model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
+            self.dtype: torch.dtype = split.model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        self.width: int = split.model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
         self._schedule: Any = None
         self._wire = 0
         self._micro: list[MicroBatch] = []
@@ -147,7 +177,7 @@ class Pipeline:
         """The decoder on the pieces that hang in it. FSDP2 takes it for a forward of the model."""
         return self.split.decoder(**_from(inputs, hidden)).last_hidden_state
 
-    def _forward(self, stage: int, batch: MicroBatch, hidden: Tensor | None) -> Tensor | Scores:
+    def forward(self, stage: int, batch: MicroBatch, hidden: Tensor | None) -> Tensor | Scores:
         """Hidden states, or on the last stage the scores."""
         self._begin(batch, stage)
         with self.split.only(stage) as model:
@@ -155,8 +185,8 @@ class Pipeline:
                 return self._score(batch, lambda **inputs: model(**_from(inputs, hidden)))
             with self._around():
                 out: Tensor = model.stage_forward(batch.inputs(), hidden)  # type: ignore[operator]
-        if out.dtype != self._dtype:
-            raise TypeError(f"stage {stage} makes hidden states of {out.dtype}; its embeddings are {self._dtype}, and so is the wire")
+        if out.dtype != self.dtype:
+            raise TypeError(f"stage {stage} makes hidden states of {out.dtype}; its embeddings are {self.dtype}, and so is the wire")
         return out
 
     # -- training ----------------------------------------------------------------------------------------------------------------
@@ -179,7 +209,7 @@ class Pipeline:
     def _plan(self, micro: Sequence[MicroBatch], wire: int) -> None:
         """torch's schedule for rows of `wire` tokens; made anew only for longer ones, as it holds buffers for every microbatch."""
         self._wire = wire
-        hidden = torch.empty(micro[0].input_ids.shape[0], wire, self._width, dtype=self._dtype, device="meta", requires_grad=True)
+        hidden = torch.empty(micro[0].input_ids.shape[0], wire, self.width, dtype=self.dtype, device="meta", requires_grad=True)
         stages = [
             PipelineStage(
                 Stage(lambda number, x, s=s: self._step(s, number, x)),  # type: ignore[misc]
@@ -200,7 +230,7 @@ class Pipeline:
     def _step(self, stage: int, number: int, x: Tensor) -> Tensor:
         batch = self._micro[number]
         tokens = batch.input_ids.shape[1]
-        out = self._forward(stage, batch, x[:, :tokens] if stage else None)
+        out = self.forward(stage, batch, x[:, :tokens] if stage else None)
         if stage == self.last:
             out = (out[0] / self._targets).reshape(1)
             self._total += out.detach().squeeze(0)
@@ -260,7 +290,7 @@ class Pipeline:
             for stage in self.split.here:
                 for batch in wave:
                     hidden = None if stage == 0 else here.pop(0) if stage - 1 in self.split.here else self._receive(stage, batch)
-                    out = self._forward(stage, batch, hidden)
+                    out = self.forward(stage, batch, hidden)
                     if isinstance(out, tuple):
                         found.append(out)
                     elif stage + 1 in self.split.here:
@@ -275,7 +305,7 @@ class Pipeline:
         return found
 
     def _receive(self, stage: int, batch: MicroBatch) -> Tensor:
-        hidden = torch.empty(*batch.input_ids.shape, self._width, dtype=self._dtype, device=self.device)
+        hidden = torch.empty(*batch.input_ids.shape, self.width, dtype=self.dtype, device=self.device)
         dist.recv(hidden, group=self.group, group_src=self._holder[stage - 1])
         return hidden
 
@@ -299,8 +329,8 @@ class Alone(nn.Module):
     def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
         """An output whose `logits` are the stage's own output."""
         p = self._pipeline
-        columns = torch.arange(1, p._width + 1, device=input_ids.device)
-        hidden = torch.sin((input_ids.unsqueeze(-1) + 1) * columns * math.sqrt(2)).to(p._dtype)
+        columns = torch.arange(1, p.width + 1, device=input_ids.device)
+        hidden = torch.sin((input_ids.unsqueeze(-1) + 1) * columns * math.sqrt(2)).to(p.dtype)
         given = {**inputs, "input_ids": input_ids}
         with p.split.only(self.stage) as model, p._around():
             if self.stage == p.last:

@@ -1,0 +1,118 @@
+"""A plan of a pipeline is what each of its ranks then costs: rehearsals on fake ranks against the trainer on real ones."""
+
+import gc
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from d9d_lora.placement import local_of
+from d9d_lora.plan.ledger import Ledger
+from d9d_lora.plan.main import main
+from d9d_lora.plan.rehearsal import depth_of, rehearse_ranks
+from d9d_lora.train import model as models
+from d9d_lora.train.batches import MicroBatch
+from d9d_lora.train.trainer import Trainer
+from d9d_lora.train.world import device_of, join
+from tests.small_run import config_of, make_assets
+
+ROW, STEPS = 24, 4
+LAYOUTS = {
+    "1f1b": {"parallel__pp": 2},
+    "gpipe_tp2": {"parallel__pp": 2, "parallel__tp": 2, "parallel__schedule": "gpipe"},
+    "zbv": {"parallel__pp": 2, "parallel__schedule": "zbv", "parallel__stages_per_rank": 2, "parallel__adapters": "shard"},
+}
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    return make_assets(tmp_path_factory.mktemp("assets"), num_hidden_layers=5, tie_word_embeddings=False)
+
+
+def really(rank, assets, output, overrides):
+    """What the plan tells, counted in the steps of a real trainer."""
+    config = config_of(assets, output, **overrides)
+    world = join(device_of("cpu"), config.parallel, 60)
+    reports, load = [], models.load
+    with mock.patch.object(models, "load", lambda *args: reports.append(load(*args))):
+        trainer = Trainer(config, world)
+    ids = torch.zeros(config.data.micro_batch_size, ROW, dtype=torch.int64)
+    positions = torch.arange(ROW).expand_as(ids)
+    batches = [MicroBatch(ids, ids, positions, i, 0, tokens=ids.numel()) for i in range(trainer.batches.accumulation)]
+    trainer.batches.step = lambda consumed: batches
+    trainer.cuts_logits = False
+    pipe, kept, peaks = trainer.pipeline, {}, []
+    real = pipe.forward, pipe._backward_begins, trainer.sum.reduce
+    with Ledger(world.mesh, {"dp": trainer.groups["data"]}) as ledger:
+
+        def forward(stage, *args):
+            ledger.phase, before = "forward", ledger.live - ledger.gathered
+            result = real[0](stage, *args)
+            kept.setdefault(stage, []).append(ledger.live - ledger.gathered - before)
+            return result
+
+        def backward(stage):
+            ledger.phase = "backward"
+            real[1](stage)
+
+        def together():
+            peaks.append(ledger.peak - start)
+            ledger.phase = "sum"
+            real[2]()
+
+        pipe.forward, pipe._backward_begins, trainer.sum.reduce = forward, backward, together
+        for _ in range(STEPS):
+            gc.collect()
+            ledger.mark()
+            ledger.phase, start = "before", ledger.live
+            trainer.train_step()
+    trained = list(trainer.params.values())
+    found = {"optimiser": sum(local_of(t).nbytes for p in trained for k, t in trainer.optimiser.state[p].items() if k != "step")}
+    found["adapters"], found["base"] = (
+        sum(local_of(p).nbytes for p in trainer.model.parameters() if p.requires_grad == asked) for asked in (True, False)
+    )
+    stages = getattr(pipe._schedule, "_stages", None) or [pipe._schedule._stage]
+    received = [i.buffer for s in stages for infos in (s.args_recv_info, s.grad_recv_info) for m in infos.values() for i in m]
+    found["wire"] = sum(b.nbytes for b in received if isinstance(b, torch.Tensor) and b.dim() == 3)
+    found["read"], found["kept"], found["unit"] = reports[0].bytes_read, sum(map(min, kept.values())), ledger.largest
+    found["peak"] = min(peaks[1:]) + found["base"] + found["adapters"] + found["optimiser"] + found["wire"]
+    found["step"] = Counter({k: v for k, v in ledger.traffic.items() if k[0] in ("forward", "backward", "sum")})
+    return found
+
+
+def without_phase(step):
+    """FSDP2 begins to gather for a backward before a hook can tell that it is one."""
+    found = Counter()
+    for (phase, *rest), n in step.items():
+        found[phase == "sum", *rest] += n
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rehearsal_counts_what_each_rank_of_a_pipeline_does(pool, assets, tmp_path, layout):
+    overrides = LAYOUTS[layout]
+    config = config_of(assets, tmp_path, **overrides)
+    shape = AutoConfig.from_pretrained(assets / "model")
+    plans = rehearse_ranks(config, shape, 4, ROW, depth_of(config, shape))
+    ranks = pool.run(4, really, assets, tmp_path, overrides)
+    for plan, real in zip(plans, (ranks[0], ranks[2]), strict=True):
+        for name in ("base", "adapters", "optimiser", "unit", "read", "wire"):
+            assert getattr(plan, name) == real[name], name
+        assert plan.kept == pytest.approx(real["kept"], abs=64)
+        hidden = ROW * shape.hidden_size * 8
+        assert plan.peak == pytest.approx(real["peak"], abs=5 * hidden)  # torch's schedules hold some a little longer
+        assert without_phase(plan.step) == without_phase(real["step"])
+    assert sum(p.base for p in plans) == plans[0].base_all // 2
+
+
+def test_blocks_of_a_few_tell_of_many(assets, tmp_path):
+    shape = AutoConfig.from_pretrained(assets / "model", num_hidden_layers=11, layer_types=None)
+    config = config_of(assets, tmp_path, parallel__pp=2)
+    assert rehearse_ranks(config, shape, 2, ROW, 11) == rehearse_ranks(config, shape, 2, ROW, None)
+
+
+def test_fewer_layers_than_stages_are_refused(assets, capsys):
+    assert main([f"model.path={assets}/model", "parallel.pp=8", "ranks=8", "data.batch_size=8"]) == 1
+    assert "8 stages are more than the model's 5 layers" in capsys.readouterr().err
