@@ -18,7 +18,7 @@ from d9d_lora.placement import full_of
 from d9d_lora.state import atomic
 from d9d_lora.train import checks, pipeline, stages, trainer
 from d9d_lora.train.config import ParallelConfig
-from tests.small_run import losses, make_assets, run
+from tests.small_run import config_of, losses, make_assets, run
 
 PP = {"parallel__pp": 2}
 ZBV = {**PP, "parallel__schedule": "zbv", "parallel__stages_per_rank": 2}
@@ -142,12 +142,12 @@ def test_what_is_of_all_stages(pool, assets, one, tmp_path, method, layout):
 
 
 def test_experts(pool, tmp_path):
-    """Qwen3-MoE, untied, over two stages of two shards each."""
+    """Qwen3-MoE, untied, over two stages of two shards of two tensor-parallel ranks."""
     fields = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8, "num_hidden_layers": 3}
     assets = make_assets(tmp_path / "assets", "qwen3_moe", tie_word_embeddings=False, **fields)
     peft = {"peft": METHODS["experts"], **SHORT}
     one = tmp_path / "one", pool.run(1, traced, assets, tmp_path / "one", peft)[0]
-    alike(tmp_path / "pp", pool.run(4, traced, assets, tmp_path / "pp", {**PP, "parallel__adapters": "shard", **peft}), one)
+    alike(tmp_path / "pp", pool.run(8, traced, assets, tmp_path / "pp", {**PP, "parallel__tp": 2, **peft}), one)
 
 
 # -- checkpoints, bytes, recomputation, packing, precision ---------------------------------------------------------------------------
@@ -340,6 +340,11 @@ def test_models_that_cannot_be_cut():
     inject_peft_and_freeze(peft_method_from_config(config), pair)
     with pytest.raises(ValueError, match=r"share one adapter \(ensure_weight_tying\)"):
         stages.Split(pair, 2, [0])
+
+
+def test_compiled_blocks_are_not_recomputed(assets, tmp_path):
+    with pytest.raises(ValueError, match="what is recomputed sets the clock of its masks back"):
+        config_of(assets, tmp_path, **PP, train__compile=True, train__activation_checkpointing=True)
 
 
 def test_a_run_that_is_refused_says_what_fits(pool, assets, tmp_path):

@@ -7,8 +7,7 @@ Rank 0 holds the most wherever something does not divide evenly. Equal blocks co
 and with four of its blocks, and every number goes on along that line; where blocks differ, all of them run.
 
 Of a pipeline each rank is told. It runs its stages on one microbatch, one after another; how many are under way at a time is what torch's
-schedule says, and what travels between stages is a formula. Gathers are those of microbatches that are computed one by one: under
-a schedule a stage may find its root gathered still.
+schedule says, and what travels between stages is a formula.
 
 [Note: what a rehearsal cannot see]
 The caching allocator's slack, workspaces of kernels, buffers of NCCL, the optimiser's temporaries, and that an accelerator may hold
@@ -64,7 +63,7 @@ class Counts:
         gradients, optimiser: Of the trained ones, between backward and step; AdamW's two averages.
         kept: Activations that a microbatch's forward leaves for its backward.
         unit: The largest FSDP2 unit, gathered.
-        peak: The most at any time of a step's forwards and backwards, everything above included. With a pipeline no more than this.
+        peak: The most at any time of a step's forwards and backwards, everything above included. With a pipeline to a few hidden states.
         pp_rank: Of which rank of the pipeline the bytes are, if there is one. Elements, `whole`, `cut` and what says `all` are of all.
         held: What is kept at most for all microbatches under way.
         wire: Buffers for hidden states from other ranks, and for their gradients.

@@ -222,6 +222,11 @@ class RunConfig(Strict):
                 "train.compile with train.activation_checkpointing and parallel.tp: torch's compiler fails at blocks that are recomputed "
                 "on tensor-parallel ranks once rows have different lengths; leave one of the three out"
             )
+        if self.train.compile and self.train.activation_checkpointing and self.parallel.pp > 1:
+            raise ValueError(
+                "train.compile with train.activation_checkpointing and parallel.pp: what is recomputed sets the clock of its masks back, "
+                "and torch's compiler has no way to do that; leave one of the three out"
+            )
         return self
 
     @model_validator(mode="after")
