@@ -8,6 +8,7 @@ from torch.nn.functional import one_hot
 from d9d_lora.train.batches import MicroBatch
 from d9d_lora.train.trainer import Trainer
 from d9d_lora.train.world import device_of, join
+from tests.pool import RankFailed
 from tests.small_run import config_of, losses, make_assets, run
 
 SHARD, CP = {"parallel__adapters": "shard"}, {"parallel__cp": 2}
@@ -81,6 +82,22 @@ def test_what_a_run_may_ask_for(pool, assets, expected, tmp_path, case):
     one = expected(str(alone), alone)
     found = pool.run(world, run, assets, tmp_path, {**degrees, **settings})[0]
     assert apart(tmp_path, found, one) < 1e-6
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 6}
+EXPERTS = {"kind": "lora", "target_modules": "all-linear", "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+def test_experts_take_the_tokens_that_are_here(pool, tmp_path):
+    """Routing is of each token alone; masks of adapters on experts would follow the router's order, and are refused."""
+    assets = make_assets(tmp_path / "assets", "qwen3_moe", **MOE)
+    settings = {"peft": {**EXPERTS, "params": {"r": 4, "alpha": 8}}, "train__steps": 4}
+    one = tmp_path / "one", pool.run(1, run, assets, tmp_path / "one", settings)[0]
+    world, degrees = LAYOUTS["cp2_tp2"]
+    assert apart(tmp_path / "cp2", pool.run(world, run, assets, tmp_path / "cp2", {**degrees, **settings})[0], one) < 1e-6
+    drops = {"peft": {**EXPERTS, "params": {"r": 4, "alpha": 8, "dropout": 0.1}}}
+    with pytest.raises(RankFailed, match="dropout on adapted experts"):
+        pool.run(2, run, assets, tmp_path / "drops", {**CP, **drops})
 
 
 def test_a_checkpoint_resumes_on_other_layouts(pool, assets, expected, tmp_path):

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from d9d_lora.placement import local_of
 from d9d_lora.plan.ledger import Ledger
 from d9d_lora.plan.main import main
-from d9d_lora.plan.rehearsal import Rehearsal, depth_of, fake_world, of_shape, rehearse
+from d9d_lora.plan.rehearsal import Rehearsal, depth_of, fake_world, ledger_of, of_shape, rehearse
 from d9d_lora.train import model as models
 from d9d_lora.train import replicated
 from d9d_lora.train.batches import MicroBatch
@@ -28,6 +28,8 @@ LAYOUTS = {
     "hsdp2x2": (4, {"parallel__dp_replicate": 2}),
     "tp2_sp": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
     "tp2_rank_space": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__column": "rank_space"}),
+    "fsdp2_cp2": (4, {"parallel__cp": 2, "parallel__adapters": "shard"}),
+    "cp2_tp2_recomputed": (4, {"parallel__cp": 2, "parallel__tp": 2, "train__activation_checkpointing": True}),
     "fsdp2_tp2_recomputed": (4, {"parallel__tp": 2, "train__activation_checkpointing": True}),
 }
 
@@ -49,7 +51,7 @@ def really(rank, assets, output, overrides):
     batch = MicroBatch(ids, ids, torch.arange(ROW).expand_as(ids), 0, 0, tokens=ids.numel())
     trainer.batches.step = lambda consumed: [batch] * trainer.batches.accumulation
     trainer.cuts_logits = False
-    with Ledger(world.mesh, {"dp": trainer.groups["data"], **world.expert_axes()}) as ledger:
+    with ledger_of(trainer) as ledger:
         loss, reduce = trainer.loss, trainer.sum.reduce
 
         def forward(batch):

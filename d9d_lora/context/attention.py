@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from d9d_lora.tokens import chunks_of, dealt, in_order
 
 # What models hand to every attention, and changes nothing here. Anything else that is set is refused: it would be ignored.
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "num_items_in_batch", "output_router_logits", "return_dict", "logits_to_keep"}
-_gather: Any = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd  # its name before torch 2.13
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class SharedAttention:
@@ -91,8 +92,8 @@ class SharedAttention:
 
     def _gathered(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """[b, G, n, D] -> [b, G, N, D], both in one gather; their D may differ."""
-        both = torch.cat([k, v], -1)[None]
-        k, v = in_order(_gather(both, 0, self.group), 2).split([k.shape[-1], v.shape[-1]], -1)
+        both: Tensor = _Gather.apply(torch.cat([k, v], -1), self.group, self.parts)
+        k, v = in_order(both, 2).split([k.shape[-1], v.shape[-1]], -1)
         return k, v
 
     def _to_heads(self, *ts: Tensor) -> list[Tensor]:
@@ -101,18 +102,14 @@ class SharedAttention:
             if t.shape[1] % self.parts:
                 raise ValueError(f"ulysses: {self.parts} context-parallel ranks do not divide {t.shape[1]} heads; use cp_attention=gather")
         cut = [t.unflatten(1, (self.parts, -1)).movedim(1, 0) for t in ts]
-        here = self._exchange(torch.cat([t.flatten(1) for t in cut], 1)).split([t[0].numel() for t in cut], 1)
+        here = _exchange(torch.cat([t.flatten(1) for t in cut], 1), self.group).split([t[0].numel() for t in cut], 1)
         return [in_order(flat.reshape(t.shape), 2) for flat, t in zip(here, cut, strict=True)]
 
     def _to_tokens(self, y: Tensor) -> Tensor:
         """[b, N, H / P, D] -> [b, n, H, D], in one all-to-all."""
         shares = dealt(y, self.parts, 1)
-        heads = self._exchange(shares.flatten(1)).view_as(shares)
+        heads = _exchange(shares, self.group)
         return heads.movedim(0, 2).flatten(2, 3)
-
-    def _exchange(self, rows: Tensor) -> Tensor:
-        """Row i goes to rank i, and comes from it."""
-        return funcol.all_to_all_single_autograd(rows.contiguous(), None, None, self.group)
 
     # -- masks ------------------------------------------------------------------------------------------------------------------
 
@@ -131,6 +128,46 @@ class SharedAttention:
                 self._masks.clear()
             self._masks[at] = _mask(start, keys, size, window, documents, device)
         return self._masks[at]
+
+
+class _Exchange(torch.autograd.Function):
+    """rows[i] goes to rank i, and comes from it: its own backward."""
+
+    @staticmethod
+    def forward(ctx, rows, group):  # type: ignore[no-untyped-def]
+        ctx.group = group
+        rows = rows.contiguous()
+        came = torch.empty_like(rows)
+        dist.all_to_all_single(came, rows, group=group)
+        return came
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _Exchange.forward(ctx, grad, ctx.group), None
+
+
+def _exchange(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    came: Tensor = _Exchange.apply(rows, group)
+    return came
+
+
+class _Gather(torch.autograd.Function):
+    """[...] -> [P, ...] of all ranks; every rank's gradient of a part goes back to it."""
+
+    @staticmethod
+    def forward(ctx, part, group, parts):  # type: ignore[no-untyped-def]
+        ctx.group = group
+        whole = part.new_empty(parts, *part.shape)
+        _all_gather(whole, part.contiguous()[None], group=group)
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        part = grad.new_empty(1, *grad.shape[1:])
+        _reduce_scatter(part, grad.contiguous(), group=ctx.group)
+        return part[0], None, None
 
 
 def _mask(start: int, keys: slice, size: int, window: int | None, documents: Tensor | None, device: torch.device) -> Tensor:

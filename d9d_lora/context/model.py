@@ -63,6 +63,8 @@ class ContextParallel:
             raise ValueError(f"expected a mesh of one dimension, got {mesh}; give mesh['cp']")
         self.mesh, self.asked, self.multiple = mesh, attention, multiple
         self.part, self.parts = mesh.get_local_rank(), mesh.size()
+        # A group of its own, where torch's mesh would take the one of all ranks: what FSDP2 fetches early is not in its way.
+        self.group = dist.new_group() if self.parts == dist.get_world_size() else mesh.get_group()
         self._model: Any = None
         self._name = ""
         self.kind = self.why = ""
@@ -81,7 +83,7 @@ class ContextParallel:
         self.kind, self.why = choose(self.asked, *heads_of(config, 1 if tp is None else tp.size()), self.parts, self.mesh.device_type)
         self._name = f"{_PREFIX}{self.kind}_{next(_numbers)}"
         self._model = model
-        _register(self._name, SharedAttention(self.mesh.get_group(), self.kind, _sdpa))
+        _register(self._name, SharedAttention(self.group, self.kind, _sdpa))
         weakref.finalize(model, _forget, self._name)  # the registry would keep the ranks' group alive
         self._model.set_attn_implementation(self._name)
         clock = clock_of(model)
@@ -141,7 +143,7 @@ class ContextParallel:
 
     def sum(self, values: Tensor) -> Tensor:
         """Adds a small tensor over the ranks that share rows, in place."""
-        dist.all_reduce(values, group=self.mesh.get_group())
+        dist.all_reduce(values, group=self.group)
         return values
 
     @contextmanager
@@ -186,7 +188,7 @@ class ContextParallel:
         finally:
             self._model.train(training)
         apart = (mine - self.share(whole)).abs().max() / whole.abs().max().clamp_min(1e-12)
-        dist.all_reduce(apart, op=dist.ReduceOp.MAX, group=self.mesh.get_group())
+        dist.all_reduce(apart, op=dist.ReduceOp.MAX, group=self.group)
         allowed = 1e-3 if next(self._model.parameters()).dtype in (torch.float32, torch.float64) else 0.1
         if not float(apart) < allowed:
             raise ValueError(

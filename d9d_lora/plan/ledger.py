@@ -31,6 +31,7 @@ class Ledger(TorchDispatchMode):
     Args:
         mesh: Its axes name the groups of ranks.
         groups: Names of other groups, such as several axes together; a group without a name is "world".
+        first: Names that come before those of the mesh: an axis that has all ranks shares its group with others.
 
     Attributes:
         phase: What is going on now; the owner sets it.
@@ -41,14 +42,23 @@ class Ledger(TorchDispatchMode):
         largest: The largest buffer that was gathered along `dp_shard` or `efsdp` since `mark()`.
     """
 
-    def __init__(self, mesh: DeviceMesh | None, groups: Mapping[str, ProcessGroup | None] | None = None) -> None:
+    def __init__(
+        self,
+        mesh: DeviceMesh | None,
+        groups: Mapping[str, ProcessGroup | None] | None = None,
+        *,
+        first: Mapping[str, ProcessGroup] | None = None,
+    ) -> None:
         super().__init__()
         self.phase = ""
         self.traffic: Counter[Key] = Counter()
         self.count: Counter[Key] = Counter()
         self.live = self.peak = self.gathered = self.largest = 0
         names = () if mesh is None else mesh.mesh_dim_names or ()
-        self._axes = {str(mesh.get_group(n).group_name): n for i, n in enumerate(names) if mesh is not None and mesh.size(i) > 1}
+        self._axes = {str(group.group_name): name for name, group in (first or {}).items()}
+        for i, n in enumerate(names):
+            if mesh is not None and mesh.size(i) > 1:
+                self._axes.setdefault(str(mesh.get_group(n).group_name), n)
         for name, group in (groups or {}).items():
             if group is not None:
                 self._axes.setdefault(str(group.group_name), name)

@@ -168,7 +168,7 @@ class Rehearsal(Trainer):
                 self._join_stages(self.split, counts, batch)
             kept: dict[int | None, int] = {}
             beyond: dict[int | None, int] = {}  # of the most that a stage needs at a time, what it does not keep
-            with Ledger(world.mesh, {"dp": self.groups["data"], **world.expert_axes()}) as ledger:
+            with ledger_of(self) as ledger:
                 for _ in range(2):  # the first step teaches the ledger which storages FSDP2 takes and gives back
                     self.model.zero_grad(set_to_none=True)
                     gc.collect()  # what the step before left in cycles would be freed in the midst of this one
@@ -249,6 +249,15 @@ class Rehearsal(Trainer):
         counts.optimiser = 2 * sum(map(bytes_of, self.params.values()))
         read = [p for n, p in self.model.named_parameters() if n not in own]  # once what is tied: files hold it once
         counts.read, counts.read_all = sum(local_of(p).numel() for p in read), sum(copies(p, self.world) * p.numel() for p in read)
+
+
+def ledger_of(trainer: Trainer) -> Ledger:
+    """A ledger that knows the trainer's groups of ranks: what FSDP2 shards over is `dp_shard`, whatever axes it is made of."""
+    world = trainer.world
+    first = {}
+    if trainer.context is not None and world.mesh is not None:
+        first = {"dp_shard": models.fsdp_mesh(world.mesh, world.parallel).get_group(-1), "cp": trainer.context.group}
+    return Ledger(world.mesh, {"dp": trainer.groups["data"], **world.expert_axes()}, first=first)
 
 
 def bytes_of(p: Tensor) -> int:

@@ -15,6 +15,11 @@ from d9d_lora.train.report import size
 KIND_NAMES = {
     "dp_shard": {"all_gather": "FSDP gathers", "reduce_scatter": "FSDP scatters gradients"},
     "dp_replicate": {"all_reduce": "replicas sum gradients"},
+    "cp": {
+        "all_to_all": "cp exchanges tokens for heads",
+        "all_gather": "cp gathers keys and values",
+        "reduce_scatter": "cp scatters their gradients",
+    },
     "tp": {},
     "efsdp": {"all_gather": "FSDP gathers experts", "reduce_scatter": "FSDP scatters gradients of experts"},
     "ep": {"all_to_all": "tokens to their experts and back, evenly routed"},
