@@ -180,29 +180,39 @@ def test_collectives_are_the_bases(pool):
     pool.run(2, counted)
 
 
-def test_a_run_is_that_of_one_process_and_goes_on_there(pool, tmp_path):
-    """The trainer on FSDP2 2 x tensor parallel 2, whose checkpoint goes on in one process, and the reverse; and on two stages."""
-    assets = make_assets(tmp_path, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=6)
-    peft = {**PEFT, "params": {"r": 4, "alpha": 8, "dropout": 0.1}}
-    many = {"peft": peft, "train__steps": 4, "parallel": {"tp": 2}, "checkpoint__every": 2}
-    one = {**many, "parallel": {}}
-    whole = pool.run(1, run, assets, tmp_path / "one", one)[0]
-    apart = pool.run(4, run, assets, tmp_path / "many", many)[0]
-    stages = pool.run(4, run, assets, tmp_path / "stages", {**many, "parallel": {"pp": 2, "tp": 2}, "checkpoint__every": 0})[0]
-    sharded = {**many, "parallel": {"tp": 2, "sequence_parallel": True}, "checkpoint__every": 0}
-    sequence = pool.run(2, run, assets, tmp_path / "sequence", sharded)[0]
-    for other in (apart, stages, sequence):
-        for a, b in zip(losses(whole), losses(other), strict=True):
-            assert abs(a - b) < 1e-6 * abs(a)
-    for world, start, then in ((1, "many", one), (4, "one", {**many, "train__activation_checkpointing": True})):
-        again = f"{start} goes on"
-        steps = {**then, "checkpoint__resume": str(tmp_path / start / "checkpoints" / "step_00000002")}
-        pool.run(world, run, assets, tmp_path / again, steps)
-    names = ("one", "many", "stages", "sequence", "many goes on", "one goes on")
-    files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in names]
-    for other in files[1:]:
-        assert other.keys() == files[0].keys()
-        assert all((other[k] - t).abs().max() < 1e-5 for k, t in files[0].items())
+RUN = {"peft": {**PEFT, "params": {"r": 4, "alpha": 8, "dropout": 0.1}}, "train__steps": 3, "checkpoint__every": 2}
+LAYOUTS = {
+    "fsdp2_tp2": (4, {"parallel": {"tp": 2}}),
+    "tp2_sp": (2, {"parallel": {"tp": 2, "sequence_parallel": True}, "checkpoint__every": 0}),
+    "pp2_tp2, recomputed": (4, {"parallel": {"pp": 2, "tp": 2}, "checkpoint__every": 0, "train__activation_checkpointing": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(pool, tmp_path_factory):
+    """(assets, a run in one process, its adapter)"""
+    root = tmp_path_factory.mktemp("mixture")
+    assets = make_assets(root, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=6)
+    summary = pool.run(1, run, assets, root / "one", RUN)[0]
+    return assets, losses(summary), load_file(root / "one" / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_is_that_of_one_process(pool, tmp_path, whole, layout):
+    """The trainer; the checkpoint of FSDP2 2 x tensor parallel 2 then goes on in one process."""
+    assets, expected, adapter = whole
+    world, changes = LAYOUTS[layout]
+    for a, b in zip(losses(pool.run(world, run, assets, tmp_path / "many", {**RUN, **changes})[0]), expected, strict=True):
+        assert abs(a - b) < 1e-6 * abs(b)
+    written = [tmp_path / "many"]
+    if layout == "fsdp2_tp2":
+        resumed = {**RUN, "checkpoint__resume": str(tmp_path / "many" / "checkpoints" / "step_00000002")}
+        pool.run(1, run, assets, tmp_path / "goes on", resumed)
+        written.append(tmp_path / "goes on")
+    for output in written:
+        found = load_file(output / "adapter" / "adapter_model.safetensors")
+        assert found.keys() == adapter.keys()
+        assert all((found[k] - t).abs().max() < 1e-5 for k, t in adapter.items())
 
 
 def test_what_is_not_proven_is_refused():
