@@ -40,7 +40,11 @@ RUNS = {
     "ep2": (2, {}),
     "ep2, whole on 2 x 2": (4, {"parallel__adapters": "replicate"}),
     "ep2 x 2, sharded, recomputed": (4, {"parallel__adapters": "shard", "train__activation_checkpointing": True}),
-    "ep2 x tp2": (4, {"parallel__tp": 2}),
+    "2 stages of ep2, sharded, recomputed": (
+        4,
+        {"parallel__pp": 2, "parallel__adapters": "shard", "train__activation_checkpointing": True},
+    ),
+    "ep2 x 2 x tp2, whole": (8, {"parallel__tp": 2, "parallel__adapters": "replicate"}),
     "2 replicas of ep2": (4, {"parallel__dp_replicate": 2, "parallel__adapters": "shard"}),
 }
 
@@ -82,7 +86,9 @@ def test_checkpoints_go_from_any_of_these_layouts_to_any_other(pool, assets, one
 @pytest.mark.parametrize(
     "degrees,world,words",
     [
-        ({"ep": 4, "pp": 2}, 8, "ep=4 with parallel.pp"),
+        ({"ep": 4, "cp": 2}, 8, "ep=4 with parallel.cp"),
+        ({"ep": 2, "pp": 2, "schedule": "gpipe"}, 4, "ep=2 with parallel.schedule=gpipe"),
+        ({"ep": 2, "pp": 2, "tp": 2}, 8, "ep=2 with parallel.tp and pp"),
         ({"ep": 4}, 6, "must divide dp_shard=6; degrees that do: "),
         ({"ep": 2}, 1, "must divide dp_shard=1"),
     ],
@@ -97,7 +103,13 @@ def refused(rank, assets, output):
         run(rank, assets, output, {**EP, "parallel__ep": 3, "data__batch_size": 6})
 
 
-def test_degrees_that_do_not_fit_the_model_are_refused(pool, assets, tmp_path):
+def starts_from_data(rank, assets, output):
+    with pytest.raises(ValueError, match=r"a start from data \(eva, corda\) with parallel.ep is not proven"):
+        run(rank, assets, output, {**EP, "peft": {"kind": "lora", "target_modules": ["q_proj"], "params": {"init_lora_weights": "eva"}}})
+
+
+def test_what_does_not_fit_the_model_or_is_not_proven_is_refused(pool, assets, tmp_path):
     pool.run(3, refused, assets, tmp_path)
+    pool.run(2, starts_from_data, assets, tmp_path)
     with pytest.raises(ValueError, match=r"train.compile with parallel.ep"):
         config_of(assets, tmp_path, **EP, train__compile=True)

@@ -135,6 +135,8 @@ class Rehearsal(Trainer):
         self.method = peft_method_from_config(self._seeded(self.config.peft))
         if self.method.surveys:
             raise ValueError("peft: ranks of a start from data (eva, corda) follow from the data; plan with init_lora_weights=true")
+        if config.parallel.pp > 1 and config.parallel.ep > 1:
+            raise ValueError("parallel.ep in a pipeline was not held against a real run yet; plan with parallel.pp=1")
         if config.train.compile:
             raise ValueError("a compiled run cannot be rehearsed; plan with train.compile=false, of which it needs no more")
         self._outline()

@@ -81,10 +81,8 @@ class ParallelConfig(Strict):
 
     def resolved(self, world: int) -> "ParallelConfig":
         """With dp_shard a number, or an error that says which degrees would fit `world` processes."""
-        if self.ep > 1 and (beside := [axis for axis in ("pp", "cp") if getattr(self, axis) > 1]):
-            raise ValueError(f"parallel.ep={self.ep} with parallel.{beside[0]}: not proven yet; use ep with dp_shard, dp_replicate and tp")
-        if self.ep > 1 and self.sequence_parallel:
-            raise ValueError(f"parallel.ep={self.ep} with parallel.sequence_parallel: not proven yet; give sequence_parallel=false")
+        if self.ep > 1:
+            self._check_experts()
         others = self.pp * self.dp_replicate * self.cp * self.tp
         shard = world // others if self.dp_shard == -1 else self.dp_shard
         if self.dp_shard == 0 or others * shard != world:
@@ -122,6 +120,16 @@ class ParallelConfig(Strict):
     def stages(self) -> int:
         """Pipeline stages, over all ranks."""
         return self.pp * self.stages_per_rank
+
+    def _check_experts(self) -> None:
+        asked = f"parallel.ep={self.ep} with parallel."
+        for axis, mend in (("cp", "cp=1"), ("sequence_parallel", "sequence_parallel=false")):
+            if getattr(self, axis) > 1 or getattr(self, axis) is True:
+                raise ValueError(f"{asked}{axis}: not proven yet; give {mend}")
+        if self.pp > 1 and self.schedule != "1f1b":
+            raise ValueError(f"{asked}schedule={self.schedule}: not proven yet; give schedule=1f1b")
+        if self.tp > 1 and (beside := [axis for axis in ("pp", "dp_replicate") if getattr(self, axis) > 1]):
+            raise ValueError(f"{asked}tp and {beside[0]}: not proven yet, all three; leave one of them 1")
 
     def _check_context(self) -> None:
         if self.cp == 1 and self.cp_attention != "auto":

@@ -257,15 +257,19 @@ class Trainer:
                 "peft: a start from data (eva, corda) looks at the whole model at once, which no rank of a pipeline holds; begin with "
                 "parallel.pp=1 and save a checkpoint, which resumes with any pp, or choose another init_lora_weights"
             )
+        if world.parallel.ep > 1:
+            raise ValueError(
+                "peft: a start from data (eva, corda) with parallel.ep is not proven; begin with parallel.ep=1 and save a checkpoint, "
+                "which resumes with any ep, or choose another init_lora_weights"
+            )
         base = models.open_model(config.model, self.dtype)
         module = base.module.requires_grad_(False)
         if world.parallel.tp > 1:
             assert world.mesh is not None
             models.apply_tensor_parallel(base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
             module.requires_grad_(False)
-        self._share_experts(module)
         if world.mesh is not None:
-            models.apply_data_parallel(module, world.mesh, world.parallel, same_experts=world.same_experts)
+            models.apply_data_parallel(module, world.mesh, world.parallel)
         models.materialise(base, world.device)
         models.load(base, ModelStateMapperParallel([]), config.model)
 
