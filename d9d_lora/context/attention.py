@@ -15,6 +15,7 @@ The model hands its 4-D attention mask to every layer untouched. What travels th
 own end, so what a mask would hide is mostly not computed; the masks of the chunks are made once a forward, for all layers.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -43,7 +44,7 @@ class SharedAttention:
     def __init__(self, group: dist.ProcessGroup, kind: str, inner: Callable[..., Any]) -> None:
         self.group, self.kind, self.inner = group, kind, inner
         self.part, self.parts = dist.get_rank(group), dist.get_world_size(group)
-        self._documents: Tensor | None = None  # of the masks that are kept: those of one forward
+        self._documents: weakref.ref[Tensor] | None = None  # of the masks that are kept: they go with the batch
         self._masks: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(
@@ -119,9 +120,9 @@ class SharedAttention:
         """[b or 1, 1, size, keys]: True where queries `start` and on may look: back, within their document and the window."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return _mask(start, keys, size, window, documents, device)
-        if documents is not self._documents:
-            self._documents = documents
+        if documents is not (None if self._documents is None else self._documents()):
             self._masks.clear()
+            self._documents = None if documents is None else weakref.ref(documents, lambda _: self._masks.clear())
         at = (start, keys.start, keys.stop, size, window, device)
         if at not in self._masks:
             if len(self._masks) > 4 * self.parts:  # rows of other lengths have come and gone

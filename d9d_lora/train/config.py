@@ -246,7 +246,7 @@ class RunConfig(Strict):
         if self.parallel.cp_attention == "ring" and self.data.packing:
             raise ValueError("parallel.cp_attention=ring keeps no packed documents apart; use ulysses, gather or auto")
         if self.train.compile:
-            raise ValueError("train.compile with parallel.cp: each length of rows is compiled anew, and soon given up; compile=false")
+            raise ValueError("train.compile with parallel.cp: blocks are compiled anew again and again, and given up; compile=false")
         return self
 
     @model_validator(mode="after")
