@@ -41,10 +41,10 @@ METHODS = {
         {"kind": "full_tune", "module_name_pattern": ".*norm"},
     ]},
     "last only": {"kind": "lora", "target_modules": ATTENTION, "layers_to_transform": [4], "params": {"r": 2, "alpha": 4}},
-    "first only": {"kind": "lora", "target_modules": ATTENTION, "layers_to_transform": [0], "params": {"r": 2, "alpha": 4}},
     "experts": {"kind": "lora", "target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"], "params": {"r": 2}},
 }  # fmt: skip
-SHORT = {"train__steps": 3}
+SHORT = {"train__steps": 2}
+BLIND = {**SHORT, "data__eval_fraction": 0.0}  # without evaluations
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,7 @@ def alike(path, ranks, one):
     close(norms(ranks[0]), norms(expected))
     same([r["gradients"] for r in ranks], expected["gradients"])
     same([r["factors"] for r in ranks], expected["factors"])
-    close([ranks[0]["after"]["loss"]], [expected["after"]["loss"]])
-    assert ranks[0]["after"]["exact_match"] == expected["after"]["exact_match"]
+    assert ranks[0]["after"] == pytest.approx(expected["after"], rel=1e-9)
     (file,) = (output / "adapter").glob("*.safetensors")
     same([load_file(path / "adapter" / file.name)], load_file(file))
     for name in ("adapter_config.json", "method.json"):
@@ -131,13 +130,12 @@ def test_every_schedule_and_layout_is_as_one_process(pool, assets, one, tmp_path
         ("pissa", "interleaved_1f1b"),
         ("several", "gpipe"),
         ("last only", "zero_bubble"),
-        ("first only", "gpipe"),
     ],
 )
 def test_what_is_of_all_stages(pool, assets, one, tmp_path, method, layout):
     """Shared banks and bases, one budget, starts that move the base, a tied embedding with an adapter, stages without any."""
     world, degrees = LAYOUTS[layout]
-    peft = {"peft": METHODS[method], **SHORT}
+    peft = {"peft": METHODS[method], **BLIND}
     alike(tmp_path, pool.run(world, traced, assets, tmp_path, {**degrees, **peft}), one(peft))
 
 
@@ -145,7 +143,7 @@ def test_experts(pool, tmp_path):
     """Qwen3-MoE, untied, over two stages of two shards of two tensor-parallel ranks."""
     fields = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8, "num_hidden_layers": 3}
     assets = make_assets(tmp_path / "assets", "qwen3_moe", tie_word_embeddings=False, **fields)
-    peft = {"peft": METHODS["experts"], **SHORT}
+    peft = {"peft": METHODS["experts"], **BLIND}
     one = tmp_path / "one", pool.run(1, traced, assets, tmp_path / "one", peft)[0]
     alike(tmp_path / "pp", pool.run(8, traced, assets, tmp_path / "pp", {**PP, "parallel__tp": 2, **peft}), one)
 
@@ -155,10 +153,10 @@ def test_experts(pool, tmp_path):
 
 def test_nothing_trained_is_written_in_the_bytes_of_one_process(pool, assets, one, tmp_path):
     output = one(SHORT)[0]
-    still = {**PP, **SHORT, "checkpoint__resume": str(output / "checkpoints" / "step_00000003"), "export__profiles": ["vllm"]}
+    still = {**PP, **SHORT, "checkpoint__resume": str(output / "checkpoints" / "step_00000002"), "export__profiles": ["vllm"]}
     pool.run(2, run, assets, tmp_path, still)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "adapter" / name).read_bytes() == (output / "checkpoints" / "step_00000003" / "adapter" / name).read_bytes()
+        assert (tmp_path / "adapter" / name).read_bytes() == (output / "checkpoints" / "step_00000002" / "adapter" / name).read_bytes()
     assert list((tmp_path / "export" / "vllm").glob("*.safetensors"))
 
 
@@ -191,7 +189,7 @@ def test_a_rank_reads_the_bytes_of_its_stage(pool, assets, tmp_path):
     ids=["recomputed and packed", "bfloat16 with norms in fp32", "nf4"],
 )
 def test_options(pool, assets, one, tmp_path, options, tolerance):
-    found, expected = pool.run(2, run, assets, tmp_path, {**options, **PP, **SHORT})[0], one({**options, **SHORT})[1]
+    found, expected = pool.run(2, run, assets, tmp_path, {**options, **PP, **BLIND})[0], one({**options, **BLIND})[1]
     close(losses(found), losses(expected), tolerance)
     close(norms(found), norms(expected), 10 * tolerance)
 
@@ -215,14 +213,14 @@ def no_time(self):
     return contextlib.nullcontext()
 
 
-VBLORA, RECOMPUTED = {"peft": METHODS["vblora"], **SHORT}, {"train__activation_checkpointing": True, **SHORT}
+VBLORA, RECOMPUTED = {"peft": METHODS["vblora"], **BLIND}, {"train__activation_checkpointing": True, **BLIND}
 MUTATIONS = {
     "the bank is not summed over stages": (pipeline.Pipeline, "sum_shared", nothing, VBLORA),
-    "every stage has its own norm": (pipeline.Pipeline, "total", here, SHORT),
+    "every stage has its own norm": (pipeline.Pipeline, "total", here, BLIND),
     "the bank counts in the norm on each stage": (pipeline.Pipeline, "counted", lambda self, p: True, VBLORA),
-    "the loss is divided a stage": (pipeline.Pipeline, "train", a_stage_at_a_time, SHORT),
+    "the loss is divided a stage": (pipeline.Pipeline, "train", a_stage_at_a_time, BLIND),
     "the clock is not set back": (dropout.Clock, "again", no_time, RECOMPUTED),
-    "every stage has its own budget": (adalora.AdaLoRA, "across", nothing, {"peft": METHODS["adalora"], **SHORT}),
+    "every stage has its own budget": (adalora.AdaLoRA, "across", nothing, {"peft": METHODS["adalora"], **BLIND}),
 }
 
 
@@ -239,7 +237,7 @@ def test_mutations_are_seen(pool, assets, one, tmp_path, mutation):
 def run_mutated(rank, assets, output, mutation):
     owner, name, value, overrides = MUTATIONS[mutation]
     with mock.patch.object(owner, name, value):
-        return told(rank, assets, output, {**PP, "train__check_every": 100, "data__eval_fraction": 0.0, **overrides})
+        return told(rank, assets, output, {**PP, "train__check_every": 100, **overrides})
 
 
 def told(rank, assets, output, overrides):
@@ -260,7 +258,7 @@ def with_a_dead_stage(rank, assets, output):
             p.register_post_accumulate_grad_hook(lambda q: setattr(q, "grad", None))
 
     with mock.patch.object(trainer.Trainer, "_build", build):
-        return told(rank, assets, output, {**PP, **SHORT, "data__eval_fraction": 0.0})
+        return told(rank, assets, output, {**PP, **BLIND, "train__steps": 3})
 
 
 def test_a_stage_without_gradients_is_found_by_all_ranks(pool, assets, tmp_path):

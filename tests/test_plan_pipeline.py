@@ -11,23 +11,23 @@ from transformers import AutoConfig
 from d9d_lora.placement import local_of
 from d9d_lora.plan.ledger import Ledger
 from d9d_lora.plan.main import main
-from d9d_lora.plan.rehearsal import depth_of, rehearse_ranks
+from d9d_lora.plan.rehearsal import depth_of, rehearse, rehearse_ranks
 from d9d_lora.train import model as models
 from d9d_lora.train.batches import MicroBatch
 from d9d_lora.train.trainer import Trainer
 from d9d_lora.train.world import device_of, join
 from tests.small_run import config_of, make_assets
 
-ROW, STEPS = 24, 4
+ROW, STEPS = 24, 3
 LAYOUTS = {
-    "1f1b_tp2": {"parallel__pp": 2, "parallel__tp": 2},
+    "1f1b_tp2": {"parallel__pp": 2, "parallel__tp": 2, "data__batch_size": 4},
     "zbv_fsdp2": {"parallel__pp": 2, "parallel__schedule": "zbv", "parallel__stages_per_rank": 2, "parallel__adapters": "shard"},
 }
 
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):
-    return make_assets(tmp_path_factory.mktemp("assets"), num_hidden_layers=5, tie_word_embeddings=False)
+    return make_assets(tmp_path_factory.mktemp("assets"), num_hidden_layers=4, tie_word_embeddings=False)
 
 
 def really(rank, assets, output, overrides):
@@ -109,9 +109,9 @@ def test_a_rehearsal_counts_what_each_rank_of_a_pipeline_does(pool, assets, tmp_
 def test_blocks_of_a_few_tell_of_many(assets, tmp_path):
     shape = AutoConfig.from_pretrained(assets / "model", num_hidden_layers=9, layer_types=None)
     config = config_of(assets, tmp_path, parallel__pp=2)
-    assert rehearse_ranks(config, shape, 2, ROW, 9) == rehearse_ranks(config, shape, 2, ROW, None)
+    assert rehearse(config, shape, 2, ROW, 9, pp_rank=1) == rehearse(config, shape, 2, ROW, None, pp_rank=1)
 
 
 def test_fewer_layers_than_stages_are_refused(assets, capsys):
     assert main([f"model.path={assets}/model", "parallel.pp=8", "ranks=8", "data.batch_size=8"]) == 1
-    assert "8 stages are more than the model's 5 layers" in capsys.readouterr().err
+    assert "8 stages are more than the model's 4 layers" in capsys.readouterr().err
