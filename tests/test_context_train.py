@@ -56,7 +56,7 @@ def apart(path, summary, one):
     return max([abs(a / b - 1) for x, y in pairs for a, b in zip(x, y, strict=True)] + factors)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "cp2"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("cp2", "cp2_tp2")])  # of which the cases below are
 def test_every_layout_is_as_one_process(pool, assets, expected, tmp_path, layout):
     world, degrees = LAYOUTS[layout]
     found = pool.run(world, run, assets, tmp_path, degrees)[0]
@@ -132,3 +132,18 @@ def test_a_row_is_right_where_all_its_parts_are(pool, assets, tmp_path):
     found, mutated = zip(*pool.run(2, right_rows, assets, tmp_path), strict=True)
     assert found == ([1, 2], [1, 2])
     assert mutated == ([1, 2], [2, 2])  # the second rank has the middle chunks, where all is right
+
+
+@pytest.mark.parametrize(
+    "settings,told",
+    [
+        ({**CP, "parallel__pp": 2}, "cp cannot go with parallel.pp"),
+        ({"parallel__cp_attention": "gather"}, "needs parallel.cp > 1"),
+        ({**CP, "train__compile": True}, "train.compile with parallel.cp"),
+        ({**CP, "model__attention": "eager"}, "with model.attention=sdpa"),
+        ({**CP, "parallel__cp_attention": "ring", "data__packing": True}, "keeps no packed documents apart"),
+    ],
+)
+def test_what_is_not_proven_is_refused(assets, tmp_path, settings, told):
+    with pytest.raises(ValueError, match=told):
+        config_of(assets, tmp_path, **settings).parallel.resolved(4)
