@@ -10,4 +10,4 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # as in launch/quickstart.sh
 n=$(cores)
 n=$((n < 4 ? n : 4))
 say "Tests, $n at a time"
-"$PYTHON" -m pytest -n "$n" --dist worksteal "$@"
+"$PYTHON" -m pytest -n "$n" --dist worksteal --durations=12 "$@"

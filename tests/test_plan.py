@@ -116,6 +116,8 @@ def test_a_rehearsal_counts_what_a_real_run_does(pool, assets, tmp_path, layout)
     for name in ("base", "adapters", "gradients", "optimiser", "unit", "read", "step"):
         assert getattr(plan, name) == real[name], name
     one = ROW * shape.hidden_size * 8 if config.train.activation_checkpointing else 0  # one hidden state more is there
+    if config.parallel.column == "rank_space":  # copies of z, [ROW, 9] of q, k, v and [ROW, 6] of gate, up, which late threads of gloo hold
+        one = shape.num_hidden_layers * config.data.micro_batch_size * ROW * 15 * 4
     for name in ("kept", "peak"):
         assert getattr(plan, name) == pytest.approx(real[name], abs=one + 64, rel=0), name
     if not config.parallel.sequence_parallel:
