@@ -191,7 +191,7 @@ class Trainer:
                 block.compile(backend=config.train.compile_backend)
         if world.mesh is not None:
             models.apply_data_parallel(self.model, world.mesh, world.parallel, self.choice.params, same_experts=world.same_experts)
-        self.groups = {"data": world.dp_group(), "both": world.group_over(*GRADIENT_AXES, "tp"), }
+        self.groups = {"data": world.dp_group(), "both": world.group_over(*GRADIENT_AXES, "tp")}
         self.groups |= {"experts": world.expert_group(), "experts_both": world.expert_group("tp")}
         return mapper
 
