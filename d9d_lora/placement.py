@@ -92,11 +92,13 @@ class Placing:
             return factor
         if self.both is None:
             return cut(factor, self.mesh, self.of_factor(axes))
-        start, n = self.span(factor.shape[0], "E")
         inside = factor if isinstance(factor, DTensor) else cut(factor, self.mesh, self.of_factor(axes))
-        part = inside.to_local()[start : start + n].clone()
-        placements = [Shard(0), self.of_factor(axes)]
-        return DTensor.from_local(part, self.both, placements, run_check=False, shape=factor.shape, stride=factor.stride())
+        part, over_experts = inside.to_local(), Replicate()  # type: Tensor, Placement
+        if "E" in axes:
+            start, n = self.span(factor.shape[0], "E")
+            part, over_experts = part[start : start + n], Shard(0)
+        placements = [over_experts, self.of_factor(axes)]
+        return DTensor.from_local(part.clone(), self.both, placements, run_check=False, shape=factor.shape, stride=factor.stride())
 
     def span(self, size: int, letter: str) -> tuple[int, int]:
         """(start, length) of this rank's part of an axis of `size` named `letter`."""
@@ -146,8 +148,17 @@ class Placing:
         """The local part of a parameter; with `parts`, its gradient is labelled as only this rank's part of the sum."""
         if not isinstance(p, DTensor):
             return p
-        part = parts and not (self.letter and self.letter in axes)
-        return p.to_local(grad_placements=[*p.placements[:-1], Partial()] if part else p.placements)
+        states = list(p.placements)
+        if parts and not (self.letter and self.letter in axes):
+            states[-1] = Partial()
+        if parts and self.both is not None and "E" not in axes:
+            states[0] = Partial()
+        return p.to_local(grad_placements=states)
+
+    @property
+    def over_experts(self) -> DeviceMesh | None:
+        """The ranks that hold other experts."""
+        return self.mesh if self.letter == "E" else self.experts
 
     def total(self, t: Tensor) -> Tensor:
         """Adds a tensor over the ranks that hold the other columns of the same rows; no gradient passes."""
@@ -191,9 +202,18 @@ def place_like(
 
 
 def ranks_of_experts(p: Tensor) -> int:
-    """Over how many ranks the experts of a stack are shared out: those of the axis `ep` of its mesh, where it has one."""
+    """Over how many ranks the experts are shared out that a parameter is of: those of the axis `ep` of its mesh, where it has one."""
     mesh = p.device_mesh if isinstance(p, DTensor) else None
     return mesh["ep"].size() if mesh is not None and "ep" in (mesh.mesh_dim_names or ()) else 1
+
+
+def is_of_own_experts(p: Tensor) -> bool:
+    """Whether ranks of `ep` hold other parts of a parameter, so that its gradient is a sum over their data already. A factor that is one
+    for all experts is whole on each of them, and its gradient is a part."""
+    if ranks_of_experts(p) == 1:
+        return False
+    assert isinstance(p, DTensor)
+    return not p.placements[(p.device_mesh.mesh_dim_names or ()).index("ep")].is_replicate()
 
 
 def local_of(p: Tensor) -> Tensor:
@@ -294,7 +314,8 @@ class ReplicatedSum:
 
     The parts of factors that tensor parallelism replicates are added over its ranks; the gradients of parameters that data
     parallelism replicates (FSDP2 was told to ignore them) over the ranks that see other data; where both hold, over all of them. The
-    gradients of experts that are shared out hold the data of all ranks of `ep`, and are added over those that hold the same experts.
+    gradients of experts that are shared out hold the data of all ranks of `ep`, and are added over those that hold the same experts. A
+    factor that is one for all experts is added as any other: over all ranks that see other data.
 
     Build it after `fully_shard`, call `reduce()` after the last backward of a step and before the clip.
     """
@@ -330,23 +351,30 @@ class ReplicatedSum:
                 factor.sums_own_parts = False
 
     def _in_parts(self) -> Iterator[tuple[nn.Parameter, DeviceMesh]]:
+        """Of the ranks of tensor parallelism."""
         seen: set[int] = set()  # a shared factor is met in many layers, and travels once
         for layer in self._layers:  # looked up anew each time: fully_shard replaces parameters
             for p in layer.parameters_in_parts():
-                if id(p) not in seen:
+                if id(p) not in seen and layer.placing.letter != "E":
                     seen.add(id(p))
                     yield p, layer.placing.mesh
         for owner, name, mesh in self._others:
             yield owner.get_parameter(name), mesh
 
+    def _over_experts(self) -> Iterator[tuple[nn.Parameter, DeviceMesh]]:
+        """Factors that are one for all experts, and the ranks that hold other experts."""
+        for layer in self._layers:
+            if (mesh := layer.placing.over_experts) is not None:
+                yield from ((layer.factor(name), mesh) for name, axes in layer.delta.axes.items() if "E" not in axes)
+
     def parameters(self) -> Iterator[tuple[nn.Parameter, dist.ProcessGroup]]:
-        """What is summed, and over which ranks; in one order on all of them."""
+        """What is summed, and over which ranks, one after the other; in one order on all of them."""
         parts = {id(p) for p, _ in self._in_parts()}
-        for p, mesh in self._in_parts():
+        for p, mesh in [*self._in_parts(), *self._over_experts()]:
             if id(p) not in self._over_data:
                 yield p, mesh.get_group()
         for p in self._over_data.values():
-            groups = (self._experts, self._experts_both) if ranks_of_experts(p) > 1 else (self._data, self._both)
+            groups = (self._experts, self._experts_both) if is_of_own_experts(p) else (self._data, self._both)
             group = groups[id(p) in parts]
             if group is None:
                 raise ValueError("the ranks to sum a replicated parameter over were not given: `both`, `experts` or `experts_both`")

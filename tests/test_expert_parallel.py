@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from d9d_lora import fully_shard_experts, inject_peft_and_freeze, merge_peft, share_experts
 from d9d_lora.dropout import Origin
 from d9d_lora.layers import dispatch, experts
+from d9d_lora.layers.stacked import Stacked
 from d9d_lora.measure import traffic
 from d9d_lora.placement import full_of
 from d9d_lora.registry import peft_method_from_config
@@ -107,6 +108,7 @@ CASES = {
     "ranks shared": {"params": {"r": 8, "expert_rank": "r/top_k"}},
     "a router too": {"target_parameters": [*STACKS, "gate.weight"], "modules_to_save": ["lm_head"]},
     "pissa": {"params": {"init_lora_weights": "pissa"}},
+    "one outer factor": {"params": {"r": 4, "dropout": 0.4, "experts_shared_outer": True}},
 }
 
 
@@ -174,7 +176,12 @@ def _as_they_arrive():
     return mock.patch.object(torch.Tensor, "argsort", lambda t, **_: torch.arange(len(t)))
 
 
+def _over_same_experts():
+    return mock.patch.object(Stacked, "in_parts", lambda layer: layer.placing.letter in ("O", "I"))
+
+
 MUTATIONS = {
+    "an outer factor summed over the ranks of the same experts": _over_same_experts,
     "tokens to the ranks of the same experts": _over_equals,
     "rows numbered anew": _numbered_here,
     "masks of one time": _at_my_time,
@@ -194,6 +201,10 @@ LAWS = [
     ("qwen3_moe", "pissa", {"ep": 2, "average": True}, 4),
     ("mixtral", "dropout", {"ep": 2, "tp": 2, "tolerance": 1e-7}, 4),
     ("qwen3_moe", "ranks shared", {"ep": 2, "tp": 2, "inject_first": True, "tolerance": 1e-7}, 8),
+    ("qwen3_moe", "one outer factor", {"ep": 2, "nowhere": True}, 2),
+    ("mixtral", "one outer factor", {"ep": 2, "average": True, "inject_first": True}, 4),
+    ("mixtral", "one outer factor", {"ep": 2, "dtype": torch.float32, "tolerance": 2e-4}, 2),
+    ("qwen3_moe", "one outer factor", {"ep": 2, "tp": 2, "inject_first": True}, 4),
 ]
 
 
@@ -208,8 +219,9 @@ def test_loss_gradients_and_steps_are_those_of_one_process(pool, family, case, o
 
 def broken(rank, mutation):
     world_mean = mutation == "gradients of experts not divided"
+    case = "one outer factor" if "outer" in mutation else "lora" if world_mean else "dropout"
     with pytest.raises(AssertionError):
-        law(rank, "qwen3_moe", "lora" if world_mean else "dropout", ep=2, mutation=mutation, average=world_mean)
+        law(rank, "qwen3_moe", case, ep=2, mutation=mutation, average=world_mean)
 
 
 @pytest.mark.parametrize("mutation", [*MUTATIONS, "gradients of experts not divided"])

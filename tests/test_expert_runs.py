@@ -1,10 +1,15 @@
 """The trainer with experts shared out, against one process: losses, norms, checkpoints across layouts, one adapter file."""
 
+import contextlib
 from unittest import mock
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from d9d_lora import placement
+from d9d_lora.train import trainer
+from d9d_lora.train.checks import AdapterFault
 from d9d_lora.train.config import ParallelConfig
 from d9d_lora.train.world import World
 from tests.small_run import config_of, losses, make_assets, run
@@ -73,6 +78,35 @@ def summed_over_others(rank, assets, output):
 def test_mutation_experts_summed_over_ranks_that_hold_others(pool, assets, one, tmp_path):
     found = pool.run(4, summed_over_others, assets, tmp_path)[0]
     assert abs(norms(found)[0] - norms(one[1])[0]) > 1e-4 * norms(one[1])[0]  # the law allows 1e-7
+
+
+OUTER = {"peft": {**PEFT, "params": {**PEFT["params"], "experts_shared_outer": True}}, "train__steps": 4}
+
+
+def as_of_own_experts(rank, assets, output, options):
+    with contextlib.ExitStack() as stack:
+        for module in (trainer, placement):
+            stack.enter_context(mock.patch.object(module, "is_of_own_experts", lambda p: placement.ranks_of_experts(p) > 1))
+        stack.enter_context(pytest.raises(AdapterFault, match="replicated parameters differ"))
+        run(rank, assets, output, options)
+
+
+def test_a_factor_that_is_one_for_all_experts_goes_from_layout_to_layout(pool, assets, tmp_path):
+    """ep2 x FSDP2 2, sharded -> whole -> ep2 x tp2 -> 1, a step each; the mutation sums it over the ranks of the same experts."""
+    expected = pool.run(1, run, assets, tmp_path / "one", {**BASE, **OUTER})[0]
+    path, two = "auto", {**EP, "parallel__adapters": "replicate"}
+    layouts = [(4, {**EP, "parallel__adapters": "shard"}), (4, two), (4, {**two, "parallel__tp": 2}), (1, BASE)]
+    for step, (world, layout) in enumerate(layouts):
+        options = {**layout, **OUTER, "train__steps": step + 1, "checkpoint__resume": str(path)}
+        found = pool.run(world, run, assets, tmp_path / str(step), options)[0]
+        close([*losses(found), *norms(found)], [losses(expected)[step], norms(expected)[step]])
+        if step == 1:
+            pool.run(world, as_of_own_experts, assets, tmp_path / "wrong", options)
+        path = tmp_path / str(step) / "checkpoints" / f"step_{step + 1:08d}"
+    mine, theirs = (load_file(tmp_path / d / "adapter" / "adapter_model.safetensors") for d in ("3", "one"))
+    assert all((mine[k] - theirs[k]).abs().max() < 1e-6 for k in theirs)
+    A = theirs["base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"].unflatten(0, (4, -1))
+    assert all(torch.equal(A[0], one) for one in A)
 
 
 def test_checkpoints_go_from_any_of_these_layouts_to_any_other(pool, assets, one, tmp_path):

@@ -83,6 +83,7 @@ CASES = {
     "gate and up apart": {"target_parameters": STACKS[:1], "params": {"enable_lora": [True, True]}},
     "pissa": {"params": {"init_lora_weights": "pissa"}},
     "only down": {"target_parameters": STACKS[1:]},
+    "one outer factor": {"params": {"experts_shared_outer": True}},
 }
 
 

@@ -60,8 +60,9 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(gm, "_OPERATOR", operator)
 
 
-def values_and_gradients(dtype, r, *, dropout=False, counts=COUNTS):
+def values_and_gradients(dtype, r, *, dropout=False, counts=COUNTS, outer=""):
     t = tensors(dtype, r)
+    t |= {name: t[name].detach()[0].clone().requires_grad_() for name in outer}
     mask = None
     if dropout:
         drop = AdapterDropout(0.4, "layer", Clock(3))
@@ -73,7 +74,8 @@ def values_and_gradients(dtype, r, *, dropout=False, counts=COUNTS):
     found = [y, *torch.autograd.grad(y, list(t.values()), dy.to(dtype))]
     exact = {name: value.detach().double().requires_grad_() for name, value in t.items()}
     keep = None if mask is None else mask.keep(torch.ones_like(t["x"]))[0] != 0
-    expected = formula(**exact, keep=keep, p=0.4 if dropout else 0.0)
+    every = {name: value if value.ndim == 3 or name == "x" else value.expand(E, *value.shape) for name, value in exact.items()}
+    expected = formula(**every, keep=keep, p=0.4 if dropout else 0.0)
     return found, [expected, *torch.autograd.grad(expected, list(exact.values()), dy.to(dtype).double())]
 
 
@@ -82,6 +84,17 @@ def values_and_gradients(dtype, r, *, dropout=False, counts=COUNTS):
 @pytest.mark.parametrize("dropout", [False, True])
 def test_values_and_gradients_are_those_of_the_dense_formula(poisoned, dtype, tolerance, r, dropout):
     close(*values_and_gradients(dtype, r, dropout=dropout), tolerance)
+
+
+@pytest.mark.parametrize("outer", ["A", "B"])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+def test_a_factor_may_be_one_for_all_experts(poisoned, monkeypatch, outer, dtype, tolerance):
+    found, expected = values_and_gradients(dtype, 3, dropout=True, outer=outer)
+    close(found, expected, tolerance)
+    monkeypatch.setattr(gm, "_of", lambda w, x, y, g: gm.over_rows(x, y, g) if w.ndim == 3 else x.mT @ y)  # tail rows and all
+    if dtype == torch.float32:
+        with pytest.raises(AssertionError):
+            close(values_and_gradients(dtype, 3, dropout=True, outer=outer)[0], expected, tolerance)
 
 
 def test_without_the_operator_a_loop_does_it(monkeypatch):
@@ -156,6 +169,36 @@ def test_an_adapted_layer_alone_is_its_formula_and_merges():
     merged = layer.merge_with_base_()
     assert (merged.weight - W).abs().max() < 1e-14
     close([merged(x, COUNTS)], [y], 1e-12)
+
+
+@pytest.mark.parametrize("name,shapes", [("up_proj", {(I, 3), (E, 3, O)}), ("down_proj", {(E, I, 3), (3, O)})])
+def test_the_name_of_a_grouped_layer_tells_its_outer_factor(name, shapes):
+    model = nn.ModuleDict({name: GroupedLinear(E, I, O, dtype=torch.float64)})
+    method = peft_method_from_config({"kind": "lora", "target_modules": [name], "params": {"r": 3, "experts_shared_outer": True}})
+    inject_peft_and_freeze(method, model)
+    wake(model)
+    x = torch.randn(N, I, dtype=torch.float64)
+    layer = model[name]
+    assert {tuple(p.shape) for p in layer.factors().values()} == shapes
+    y = layer(x, COUNTS)
+    A, B = (layer.factor(n).detach() for n in ("lora_A", "lora_B"))
+    W = layer.base.weight + layer.delta.scaling * (A.expand(E, I, 3) @ B.expand(E, 3, O))
+    merge_peft(method, model)
+    close([model[name].weight], [W], 1e-14)
+    close([model[name](x, COUNTS)], [y], 1e-12)
+
+
+def test_an_outer_factor_that_nothing_tells_is_refused():
+    for target, words in (("0", "the name of this stack does not tell"), ("1", "no stack of experts")):
+        model = nn.Sequential(GroupedLinear(E, I, O), nn.Linear(O, O))
+        method = peft_method_from_config({"kind": "lora", "target_modules": [target], "params": {"experts_shared_outer": True}})
+        with pytest.raises(ValueError, match=words):
+            inject_peft_and_freeze(method, model)
+    with pytest.raises(ValueError, match="the name of this stack does not tell"):
+        LoRAGroupedLinear(GroupedLinear(E, I, O), LoRAParameters(experts_shared_outer=True))
+    for other in ({"use_dora": True}, {"enable_lora": [True, False]}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "orthogonal"}):
+        with pytest.raises(ValueError, match="experts_shared_outer is of plain LoRA"):
+            LoRAParameters(experts_shared_outer=True, **other)
 
 
 def test_several_adapters_on_grouped_layers():

@@ -6,7 +6,9 @@ Letters: E experts, N rows, I in, O out, R rank. Rows are sorted by expert: thos
     backward    u = dy B^T                  dx = dy W^T;   dx += s drop(u A^T)
                 dA_e = s drop(x)_e^T u_e    dB_e = s z_e^T dy_e
 
-Every product is torch's grouped one, a loop over the experts where it is missing or does not take the tensors: in fp64, and where a
+A factor that is one for all experts has no letter E: its products are plain, and its gradient is one sum over all rows.
+
+All other products are torch's grouped one, a loop over the experts where it is missing or does not take the tensors: in fp64, and where a
 row is no multiple of 16 bytes. Thin factors are padded to that, weights never.
 
 [Note: tail rows]
@@ -15,7 +17,7 @@ Rows past the last end belong to no expert. The operator leaves whatever memory 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,11 +98,13 @@ def grouped_mm(
 ) -> Tensor:
     """x[N, I], weight[E, I, O] -> [N, O]; with A[E, I, R] and B[E, R, O], the update as well. Tail rows are zero.
 
+    A matrix without E is one for all experts.
+
     Args:
         mask: Dropout on the input of A.
     """
     if A is not None and B is not None:
-        A, B = padded(A, 2), padded(B, 1)
+        A, B = padded(A, -1), padded(B, -2)
     now, drop = (None, None) if mask is None else (mask.now, mask[1:])
     y: Tensor = _Grouped.apply(x, weight, A, B, groups, now, drop, scaling)
     return y
@@ -108,14 +112,14 @@ def grouped_mm(
 
 def thin_mm(x: Tensor, groups: Groups, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """s x A B for each row's expert: the update alone."""
-    A, B = padded(A, 2), padded(B, 1)
+    A, B = padded(A, -1), padded(B, -2)
     return grouped_mm(grouped_mm(x, A, groups) * scaling, B, groups)
 
 
 def padded(t: Tensor, dim: int) -> Tensor:
-    """A thin factor with zeros up to the multiple that the operator wants: ranks are small, and may be any number."""
+    """A thin factor with zeros in dimension -1 or -2 up to the multiple that the operator wants: ranks are small, and may be any number."""
     lack = -t.shape[dim] % (_BYTES // t.element_size())
-    return pad(t, [0, 0] * (t.ndim - 1 - dim) + [0, lack]) if lack and t.dtype in _DTYPES else t
+    return pad(t, [0, 0] * (-1 - dim) + [0, lack]) if lack and t.dtype in _DTYPES else t
 
 
 class _Grouped(torch.autograd.Function):
@@ -143,7 +147,7 @@ class _Grouped(torch.autograd.Function):
         groups, scaling = ctx.groups, ctx.scaling
         dy = dy.contiguous()  # an expanded gradient has strides of zero, which the operator refuses
         dx = rows_by(dy, weight.mT, groups) if for_x else None
-        dW = over_rows(x, dy, groups) if for_weight else None
+        dW = _of(weight, x, dy, groups) if for_weight else None
         dA = dB = None
         if A is not None:
             u = rows_by(dy, B.mT, groups)
@@ -152,9 +156,9 @@ class _Grouped(torch.autograd.Function):
                 kept = Mask(now, *ctx.drop).keep_from(groups.origins, *([x] if h is None else [x, h]))
                 x, h = kept[0], kept[-1]
             if for_B:
-                dB = over_rows(z, dy, groups).mul_(scaling)
+                dB = _of(B, z, dy, groups).mul_(scaling)
             if for_A:
-                dA = over_rows(x, u, groups).mul_(scaling)
+                dA = _of(A, x, u, groups).mul_(scaling)
             if dx is not None and h is not None:
                 dx.add_(h, alpha=scaling)
         if dx is not None:
@@ -166,7 +170,9 @@ class _Grouped(torch.autograd.Function):
 
 
 def rows_by(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """x[N, K], weight[E, K, M] -> [N, M], each row by the matrix of its expert. [Note: tail rows]"""
+    """x[N, K], weight[E, K, M] -> [N, M], each row by the matrix of its expert, or weight[K, M], all by one. [Note: tail rows]"""
+    if weight.ndim == 2:
+        return x @ weight
     if operator_takes(x, *weight.shape[1:]):
         return _OPERATOR(x.contiguous(), weight, offs=groups.ends)  # type: ignore[no-any-return]
     y = x.new_zeros(len(x), weight.shape[2])
@@ -180,6 +186,13 @@ def over_rows(x: Tensor, y: Tensor, groups: Groups) -> Tensor:
     if operator_takes(x, x.shape[1], y.shape[1]):
         return _OPERATOR(x.contiguous().mT, y.contiguous(), offs=groups.ends)  # type: ignore[no-any-return]
     return torch.stack([x[rows].mT @ y[rows] for rows in _spans(groups)])
+
+
+def _of(weight: Tensor, x: Tensor, y: Tensor, groups: Groups) -> Tensor:
+    """The gradient of a weight that brought x[N, K] to where y[N, M] is the gradient: [E, K, M], or [K, M] of one for all experts."""
+    if weight.ndim == 3:
+        return over_rows(x, y, groups)
+    return over_rows(x, y, replace(groups, ends=groups.ends[-1:]))[0] if groups.tail else x.mT @ y
 
 
 def operator_takes(x: Tensor, *sizes: int) -> bool:

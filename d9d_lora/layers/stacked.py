@@ -1,8 +1,9 @@
 """What all layers have in common whose weight is a stack of matrices, one for each expert: W[E, O, I], or turned, W[E, I, O].
 
 As a matrix it is [E O, I], expert after expert. The factors have the letter E too (`methods/grouped.py`), so where experts are shared out
-over ranks (expert parallelism, Shard(0)) each rank has the factors of its own, and no gradient is only a part of a sum. Where all ranks
-have some rows or columns of every expert (tensor parallelism), the rule is that of linear layers (`placement.py`).
+over ranks (expert parallelism, Shard(0)) each rank has the factors of its own, and no gradient is only a part of a sum; but that of a
+factor which is one for all experts is. Where all ranks have some rows or columns of every expert (tensor parallelism), the rule is that
+of linear layers (`placement.py`).
 """
 
 from typing import Any
@@ -41,7 +42,7 @@ class Stacked(AdaptedLayer):
 
     def in_parts(self) -> bool:
         """Whether what this rank computes of the gradient of a factor without the sharded letter is a part of a sum."""
-        return self.placing.letter in ("O", "I")
+        return self.placing.letter in ("O", "I") or (self.placing.letter == "E" and bool(self.delta.outer))
 
     # -- the weight ----------------------------------------------------------------------------------------------------------
 

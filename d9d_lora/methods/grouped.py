@@ -3,6 +3,9 @@
 Any delta that is a product of thin factors has one: its factors with the letter E in front, and as the experts' weights are kept
 turned, [in, out], so are they: `lora_A` [E, I, R], `lora_B` [E, R, O], a magnitude [E, O]. As a matrix the stack is [E O, I], expert after
 expert. Each expert starts as a layer of its own: from its number, and from its own weight.
+
+A factor that is one for all experts, `outer`, has no letter E: dW_e = s B_e A, or s B A_e. Ranks that hold other experts then hold it
+whole, and each has a part of its gradient: by the one rule of `placement.py`, with E in the place of a tensor-parallel letter.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,11 +23,16 @@ from d9d_lora.thin import Thin, ThinStack
 
 @dataclass(frozen=True)
 class GroupedDelta(Around):
-    """The delta `low`, a product, for each of `n` matrices [out, into]."""
+    """The delta `low`, a product, for each of `n` matrices [out, into].
+
+    Attributes:
+        outer: The name of the factor that is one for all of them, of a `low` that is plain LoRA; "": each has its own.
+    """
 
     n: int
     out: int = 0  # of one matrix; `fit` knows it
     into: int = 0
+    outer: str = ""
 
     @property
     def has_gain(self) -> bool:  # type: ignore[override]
@@ -48,7 +56,7 @@ class GroupedDelta(Around):
 
     @property
     def axes(self) -> Mapping[str, str]:
-        return {name: f"E{letters[::-1]}" for name, letters in self.low.axes.items()}
+        return {name: letters[::-1] if name == self.outer else f"E{letters[::-1]}" for name, letters in self.low.axes.items()}
 
     def fit(self, geometry: Geometry) -> Self:
         one = replace(geometry, out=geometry.out // self.n, stack=0)
@@ -66,7 +74,7 @@ class GroupedDelta(Around):
 
         def every(w: Tensor, g: torch.Generator) -> None:
             seed = g.initial_seed()
-            for e, one in enumerate(w):
+            for e, one in enumerate([w] if factor == self.outer else w):
                 matrix = torch.empty(one.shape[::-1])
                 draw(matrix, torch.Generator().manual_seed(key_of(seed, e)))
                 one.copy_(_turned(matrix))
@@ -81,7 +89,9 @@ class GroupedDelta(Around):
     # -- the update ----------------------------------------------------------------------------------------------------------
 
     def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
-        """(B[E, O, R], A[E, R, I]) of the experts in hand."""
+        """(B[E, O, R], A[E, R, I]) of the experts in hand; one of them without E if it is `outer`."""
+        if self.outer:  # vmap would copy it for every expert
+            return self.low.factors(self._parts({name: t.mT for name, t in f.items()}, f))
         return vmap(lambda own: self.low.factors(self._parts(own, f)))(_low(f))  # type: ignore[no-any-return]
 
     def dense(self, f: Parts) -> Tensor:
@@ -90,8 +100,9 @@ class GroupedDelta(Around):
         B, A = self.factors(f)
         start = f.rows.start - f.rows.start // self.out * self.out  # the factors are those of whole matrices
         stop = start + f.rows.stop - f.rows.start
-        if len(B) == 1:  # a few rows of one matrix: a merge asks for them, and no others are computed
-            return (B[0, start:stop] * self.scaling) @ A[0]
+        B, A = (t[0] if t.ndim == 3 and len(t) == 1 else t for t in (B, A))
+        if B.ndim == A.ndim == 2:  # a few rows of one matrix: a merge asks for them, and no others are computed
+            return (B[start:stop] * self.scaling) @ A
         return ((B * self.scaling) @ A).flatten(0, 1)[start:stop]
 
     def part(self, whole: Mapping[str, Tensor], rows: slice, cols: slice) -> Parts:
@@ -113,10 +124,10 @@ class GroupedDelta(Around):
         return Parts(own, slice(0, self.out), f.cols)
 
     def _one(self, f: Mapping[str, Tensor], e: int) -> dict[str, Tensor]:
-        return {name: _turned(t[e]) for name, t in f.items()}
+        return {name: _turned(t if name == self.outer else t[e]) for name, t in f.items()}
 
     def __str__(self) -> str:
-        return f"{self.low} x {self.n}"
+        return f"{self.low} x {self.n}" + (f", one {self.outer}" if self.outer else "")
 
 
 def _turned(t: Tensor) -> Tensor:

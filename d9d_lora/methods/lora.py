@@ -60,6 +60,9 @@ class LoRAParameters(BaseModel):
     expert_rank: Literal["r", "r/top_k"] = Field(
         "r", description="rank of each expert of a stack: r, or r divided by the experts a token meets, whose ranks are then r together"
     )
+    experts_shared_outer: bool = Field(
+        False, description="of stacks of experts, one factor for all at the model's hidden size: A of gate and up, B of down"
+    )
     slices: list[int] | None = Field(None, description="the output features of each of these; null: as the model tells, or equal")
 
     @model_validator(mode="before")
@@ -98,10 +101,20 @@ class LoRAParameters(BaseModel):
             raise ValueError("lora_bias and enable_lora exclude each other: a slice without an update would get a bias. Give one of them")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias and use_dora exclude each other: the magnitude would scale the bias too. Give one of them")
+        if self.experts_shared_outer and (self.use_dora or self.enable_lora or start not in (True, False, "gaussian")):
+            raise ValueError(
+                "experts_shared_outer is of plain LoRA: with a magnitude, slices (enable_lora) or a start that reads each expert's weight "
+                "it is not proven. Leave use_dora and enable_lora out, and take init_lora_weights true, false or gaussian"
+            )
         check_slices(self.enable_lora, self.slices)
         if self.enable_lora and (self.lora_bias or start not in (True, False, "gaussian")):
             raise ValueError("enable_lora goes with init_lora_weights true, false or gaussian, and without lora_bias")
         return self
+
+
+# The last name of a stack of experts -> its factor at the model's hidden size.
+OUTER = {"gate_up_proj": "lora_A", "gate_proj": "lora_A", "up_proj": "lora_A", "down_proj": "lora_B"}
+_UNKNOWN = "?"
 
 
 # Starts of PEFT that are not made here, with the reason and the mend.
@@ -161,6 +174,7 @@ class LoRADelta(Delta):
     zero: Literal["A", "B"] | None = None
     bias: bool = False
     loftq_iter: int = 0
+    outer: str = ""  # of a stack of experts, the factor that is one for all of them
     given: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # factors that a survey of the data has found
     kind = "lora"
     thin = True
@@ -194,7 +208,12 @@ class LoRADelta(Delta):
     def stacked(self, n: int) -> Delta:
         if self.bias:
             raise DoesNotFit(f"a stack of {n} matrices takes no lora_bias; leave it out")
-        return GroupedDelta(self, n)
+        if self.outer == _UNKNOWN:
+            raise DoesNotFit(
+                "experts_shared_outer shares the factor at the model's hidden size, and the name of this stack does not tell which it is; "
+                f"expected a last name among {', '.join(OUTER)}. Adapt it by a method of its own without experts_shared_outer"
+            )
+        return GroupedDelta(self, n, outer=self.outer)
 
     def sizes(self, out: int, into: int) -> dict[str, int]:
         return {"O": out, "I": into, "R": self.r}
@@ -232,11 +251,17 @@ class LoRADelta(Delta):
 
 
 def delta_of(
-    params: LoRAParameters, *, r: int | None = None, alpha: float | None = None, given: Mapping[str, Tensor] | None = None
+    params: LoRAParameters,
+    *,
+    r: int | None = None,
+    alpha: float | None = None,
+    given: Mapping[str, Tensor] | None = None,
+    name: str = "",
 ) -> LoRADelta | DoRADelta | MergedDelta:
     """The delta that a layer's hyperparameters describe, with its own rank and alpha where a pattern gives them.
 
-    `given` are the factors that a survey of the data has found for it; without any it starts as if no survey were asked for.
+    `given` are the factors that a survey of the data has found for it; without any it starts as if no survey were asked for. Its `name`
+    tells which factor is outer, with `experts_shared_outer`.
     """
     low: LoRADelta | MergedDelta = LoRADelta(
         params.r if r is None else r,
@@ -247,6 +272,7 @@ def delta_of(
         params.init_zero,
         params.lora_bias,
         (params.loftq_config or LoftQConfig()).loftq_iter if params.init_lora_weights == "loftq" else 0,  # type: ignore[call-arg]
+        OUTER.get(name.rpartition(".")[2], _UNKNOWN) if params.experts_shared_outer else "",
         given or {},
     )
     if params.enable_lora:
@@ -326,7 +352,7 @@ class LoRA(AdapterMethod[LoRAConfig]):
         r, alpha = self.config.rank(name, params.r), self.config.alpha(name, params.alpha)
         start = (self._starts or {}).get(name)
         if start is None:
-            return delta_of(params, r=r, alpha=alpha) if r else None
+            return delta_of(params, r=r, alpha=alpha, name=name) if r else None
         return delta_of(params, r=start.r, alpha=start.alpha, given=start.factors) if start.r else None
 
     # -- starts from data ------------------------------------------------------------------------------------------------------
@@ -394,6 +420,11 @@ class LoRA(AdapterMethod[LoRAConfig]):
         for site in sites if self.config.params.expert_rank == "r/top_k" else ():
             if issubclass(site.layer, Stacked):
                 site.delta = self._divided(module, site)
+        if self.config.params.experts_shared_outer and not any(issubclass(site.layer, Stacked) for site in sites):
+            raise InjectionError(
+                "experts_shared_outer: no stack of experts is among the targets; name some (target_parameters: [experts.gate_up_proj, "
+                "experts.down_proj], or grouped linear layers), or leave it out"
+            )
         return sites, passed_over
 
     def _divided(self, module: nn.Module, site: Site) -> Delta:

@@ -31,7 +31,7 @@ from d9d_lora.init.data import Step
 from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.method import PeftMethod
 from d9d_lora.mixture import stacks
-from d9d_lora.placement import ReplicatedSum, at_least_fp32, key_of, ranks_of_experts
+from d9d_lora.placement import ReplicatedSum, at_least_fp32, is_of_own_experts, key_of
 from d9d_lora.registry import peft_method_from_config
 from d9d_lora.share_experts import share_experts
 from d9d_lora.state.atomic import RanksFailed, decided, together, write_text
@@ -199,7 +199,7 @@ class Trainer:
         """What a step needs to know of the model."""
         self.params = {clean(n): p for n, p in sorted(self.model.named_parameters(), key=lambda x: clean(x[0])) if p.requires_grad}
         # Found by where they lie, and not by what was chosen: what FSDP2 does not manage, nobody else would add.
-        groups = {p: self.groups["experts" if ranks_of_experts(p) > 1 else "data"] for p in self.params.values()}
+        groups = {p: self.groups["experts" if is_of_own_experts(p) else "data"] for p in self.params.values()}
         whole = [p for p, group in groups.items() if group is not None and not is_over_data(p)]
         self.sum = ReplicatedSum(adapted_layers(self.model), in_parts=self._thawed_parts(), over_data=whole, **self.groups)
         self.cuts_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters

@@ -363,18 +363,32 @@ def _on_disk(layer: AdaptedLayer, factor: str, entry: Entry) -> Entry:
 
 def _of_experts(layer: AdaptedLayer, delta: GroupedDelta, factor: str, entry: Entry) -> Entry:
     """The factors of a stack, fused: `state/expert_layouts.py`. [Note: wider on disk]"""
-    is_A, n, merged = factor == "lora_A", delta.n, merged_of(delta)
+    is_A, n, merged, outer = factor == "lora_A", delta.n, merged_of(delta), factor == delta.outer
     sources = (*entry.sources, layer.origin[factor]) if factor in layer.origin else entry.sources
 
     def to_file(value: Tensor, start: Tensor | None = None) -> Tensor:
         value = value if start is None else experts.beside(value, start, is_A=is_A)
         if merged and not is_A:
             value = torch.stack([_diagonal(merged, delta.out, B.mT).mT for B in value])
+        value = value.expand(n, *value.shape) if outer else value
         return (experts.fused_A if is_A else experts.fused_B)(value).contiguous()
 
-    from_file = partial(experts.from_fused_A if is_A else experts.from_fused_B, experts=n)
+    def from_file(held: Tensor) -> Tensor:
+        value = (experts.from_fused_A if is_A else experts.from_fused_B)(held, n)
+        return _one_of(value, f"{layer.name}.{factor}") if outer else value
+
     shape = tuple(to_file(*(torch.empty(t.shape, device="meta") for t in sources)).shape)
     return replace(entry, sources=sources, shape=shape, to_file=to_file, from_file=from_file)
+
+
+def _one_of(stack: Tensor, name: str) -> Tensor:
+    """The matrix that all of a stack are."""
+    if not torch.equal(stack, stack[:1].expand_as(stack)):
+        raise AdapterError(
+            f"{name} is one factor for all experts here (experts_shared_outer), and the file has other values for each expert; inject "
+            "`method_of(path)` instead, or leave experts_shared_outer out"
+        )
+    return stack[0]
 
 
 def _beside(value: Tensor, start: Tensor, *, rows: bool) -> Tensor:
