@@ -1,7 +1,8 @@
 """Expert parallelism: the experts of a transformers model shared out over ranks, in two verbs beside torch's own.
 
     share_experts(model, mesh["ep"])                  expert e on rank e // (E / ep); tokens go to them and come back (`layers/dispatch.py`)
-    inject_peft_and_freeze(method, model)             adapters lie with their experts: a factor has the letter E, as the weight has
+    inject_peft_and_freeze(method, model)             adapters lie with their experts: a factor has the letter E, as the weight has;
+                                                      one without it is whole on each rank, its gradient a sum over them
     fully_shard_experts(model, mesh["efsdp"])         FSDP2 of each rank's experts over the ranks that hold the same ones
     fully_shard(block, mesh=mesh["dp"]); ...          FSDP2 of all else
 

@@ -18,6 +18,7 @@ from d9d_lora.state.merge_files import merge_files
 from d9d_lora.state.native_format import save_trained
 from d9d_lora.state.peft_config import AdapterError
 from d9d_lora.state.peft_format import load_adapter_weights, method_of, save_adapter
+from d9d_lora.walk import adapted_layers
 from tests.test_experts import FAMILIES, IDS, STACKS, model_of
 from tests.test_laws import wake
 
@@ -33,7 +34,7 @@ def saved(tmp_path, family, peft=LORA, *, stacks=False):
     inject_peft_and_freeze(method, model)
     method.initialise(model)
     wake(model)
-    if peft["params"].get("use_dora"):
+    if peft["params"].get("use_dora") or peft["params"].get("experts_shared_outer"):
         save_trained({n: p for n, p in model.named_parameters() if p.requires_grad}, method.config, tmp_path / "adapter")
     else:
         save_adapter(model, tmp_path / "adapter")
@@ -50,6 +51,7 @@ def load(path):
 
 
 DORA = {**LORA, "target_modules": None, "params": {"r": 3, "alpha": 6, "use_dora": True, "dropout": 0.1}}
+OUTER = {**LORA, "params": {"r": 4, "experts_shared_outer": True}}
 CASES = {
     "one by one": ("qwen3_moe", UNEVEN, False),
     "one by one, renamed": ("mixtral", LORA, False),
@@ -58,6 +60,7 @@ CASES = {
     "gate and up apart": ("mixtral", {**LORA, "target_parameters": STACKS[:1], "params": {"r": 2, "enable_lora": [True, True]}}, False),
     "only down, and the router": ("qwen3_moe", {**LORA, "target_parameters": ["experts.down_proj", "gate.weight"]}, False),
     "dora, in our own format": ("deepseek_v3", DORA, False),
+    "one outer factor, in our own format": ("mixtral", OUTER, False),
 }
 
 
@@ -101,6 +104,24 @@ def test_peft_reads_what_we_write_and_we_merge_what_it_writes(tmp_path, family):
     inject_peft_and_freeze(method_of(tmp_path / "theirs", bare), bare)
     load_adapter_weights(bare, tmp_path / "theirs")
     assert (logits(bare) - expected).abs().max() < 1e-4
+
+
+def test_a_peft_directory_holds_one_outer_factor_for_each_expert(tmp_path):
+    _, model = saved(tmp_path, "qwen3_moe", OUTER)
+    save_adapter(model, tmp_path / "fused")
+    expected = logits(model)
+    merge_files(tmp_path / "fused", tmp_path / "base", tmp_path / "merged")
+    assert (logits(load(tmp_path / "merged")) - expected).abs().max() < 1e-4
+    for peft in (OUTER, LORA):
+        other = load(tmp_path / "base")
+        inject_peft_and_freeze(peft_method_from_config({**peft, "params": {**peft["params"], "r": 4, "alpha": 8}}), other)
+        load_adapter_weights(other, tmp_path / "fused")
+        assert (logits(other) - expected).abs().max() < 1e-5
+    for layer in adapted_layers(other):  # each expert its own: no longer one
+        layer.factor("lora_A").data.normal_()
+    save_adapter(other, tmp_path / "apart")
+    with pytest.raises(AdapterError, match="the file has other values for each expert"):
+        load_adapter_weights(model, tmp_path / "apart")
 
 
 def test_the_factors_of_few_stacks_are_in_hand(tmp_path, monkeypatch):

@@ -156,11 +156,18 @@ def evenly(rank, *args):
         return really(rank, *args)
 
 
-@pytest.mark.parametrize("options", [{"parallel__adapters": "shard", "train__activation_checkpointing": True}, {"parallel__tp": 2}])
-def test_a_rehearsal_of_experts_that_are_shared_out(pool, tmp_path, options):
+SHARED_OUT = {
+    "sharded, one outer factor": ({"parallel__adapters": "shard", "train__activation_checkpointing": True}, {"experts_shared_outer": True}),
+    "tp": ({"parallel__tp": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("case", SHARED_OUT)
+def test_a_rehearsal_of_experts_that_are_shared_out(pool, tmp_path, case):
+    options, params = SHARED_OUT[case]
     assets = make_assets(tmp_path, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
     peft = {"kind": "lora", "target_modules": "all-linear", "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    overrides = {"parallel__ep": 2, "model__dtype": "bfloat16", "peft": {**peft, "params": {"r": 4}}, **options}
+    overrides = {"parallel__ep": 2, "model__dtype": "bfloat16", "peft": {**peft, "params": {"r": 4, **params}}, **options}
     real = pool.run(4, evenly, assets, tmp_path, overrides)[0]
     config, shape = config_of(assets, tmp_path, **overrides), AutoConfig.from_pretrained(assets / "model")
     plan = rehearse(config, shape, 4, ROW, None)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from d9d_lora.context.model import heads_of
 from d9d_lora.layers.experts import placed
-from d9d_lora.placement import local_of, ranks_of_experts
+from d9d_lora.placement import is_of_own_experts, local_of, ranks_of_experts
 from d9d_lora.plan.ledger import Key
 from d9d_lora.plan.paper_experts import experts_on_paper
 from d9d_lora.train import model as models
@@ -53,7 +53,7 @@ def on_paper(rehearsal: "Rehearsal", row: int) -> Counter[Key]:
     parts = {id(p) for p, _ in rehearsal.sum._in_parts()}
     shards = "dp_shard" if parallel.dp_shard > 1 or parallel.cp == world.size else "cp"  # the name of a group of ranks is one
     data = "dp" if min(parallel.dp_replicate, parallel.shards) > 1 else shards if parallel.shards > 1 else "dp_replicate"
-    for p in (p for p in rehearsal.params.values() if ranks_of_experts(p) == 1):
+    for p in (p for p in rehearsal.params.values() if not is_of_own_experts(p)):
         over_data = over > 1 and not is_over_data(p)
         axes = [data] * over_data + ["tp"] * (id(p) in parts)
         if axes:

@@ -1,7 +1,8 @@
 """Traffic of experts that are shared out over `ep`, by formulas, for an even routing: as many rows to every expert.
 
     gathers, scatter    of a rank's own experts over `efsdp`, as `paper.py` has it for all else
-    sum                 of whole factors over the ranks of the same experts; with `tp` over both
+    sum                 of whole factors over the ranks of the same experts; with `tp` over both; of sharded ones that are one for all
+                        experts over `ep` (whole ones are summed as all others: `paper.py`)
     rows                forward, a layer: n (E / n + 3) integers, then b s K H numbers out and as many home; backward both ways back (the
                         way out only where the layer's input has a gradient); recomputed blocks send all of the forward again
 """
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from d9d_lora.placement import local_of, ranks_of_experts
+from d9d_lora.placement import is_of_own_experts, local_of, ranks_of_experts
 from d9d_lora.plan.ledger import SCALARS, Key
 from d9d_lora.share_experts import shared_out
 from d9d_lora.train.replicated import is_over_data
@@ -43,11 +44,13 @@ def experts_on_paper(rehearsal: "Rehearsal", row: int) -> Counter[Key]:
     parts = {id(p) for p, _ in rehearsal.sum._in_parts()}
     same = [axis for axis, n in (("dp_replicate", parallel.dp_replicate), ("efsdp", shards)) if n > 1]
     for p in rehearsal.params.values():
-        if ranks_of_experts(p) > 1 and not is_over_data(p):
+        if is_of_own_experts(p) and not is_over_data(p):
             axes = same + ["tp"] * (id(p) in parts)
             if axes:
                 axis = axes[0] if len(axes) == 1 else "experts x tp" if "tp" in axes else "experts"
                 found["sum", axis, "all_reduce"] += local_of(p).nbytes + p.element_size() * bool(same)
+        if is_over_data(p) and ranks_of_experts(p) > 1 and not is_of_own_experts(p):
+            found["sum", "ep", "all_reduce"] += local_of(p).nbytes
     found.update(_rows(rehearsal, row))
     return found
 
