@@ -153,8 +153,8 @@ def test_groups_that_cannot_be_are_refused(x_groups, words):
         GroupedLinear(E, I, O)(torch.randn(N, I), x_groups)
 
 
-def lora(**params):
-    return peft_method_from_config({"kind": "lora", "target_modules": ["0"], "params": {"r": 3, "alpha": 5, **params}})
+def lora(name="0", **params):
+    return peft_method_from_config({"kind": "lora", "target_modules": [name], "params": {"r": 3, "alpha": 5, **params}})
 
 
 def test_an_adapted_layer_alone_is_its_formula_and_merges():
@@ -174,7 +174,7 @@ def test_an_adapted_layer_alone_is_its_formula_and_merges():
 @pytest.mark.parametrize("name,shapes", [("up_proj", {(I, 3), (E, 3, O)}), ("down_proj", {(E, I, 3), (3, O)})])
 def test_the_name_of_a_grouped_layer_tells_its_outer_factor(name, shapes):
     model = nn.ModuleDict({name: GroupedLinear(E, I, O, dtype=torch.float64)})
-    method = peft_method_from_config({"kind": "lora", "target_modules": [name], "params": {"r": 3, "experts_shared_outer": True}})
+    method = lora(name, experts_shared_outer=True)
     inject_peft_and_freeze(method, model)
     wake(model)
     x = torch.randn(N, I, dtype=torch.float64)
@@ -201,12 +201,16 @@ def test_an_outer_factor_that_nothing_tells_is_refused():
             LoRAParameters(experts_shared_outer=True, **other)
 
 
-def test_several_adapters_on_grouped_layers():
-    model = nn.Sequential(GroupedLinear(E, I, O, dtype=torch.float64))
-    inject_peft_and_freeze(lora(init_lora_weights=False), model)
-    add_adapter(model, "other", lora(r=2, init_lora_weights=False))
+OUTER = {"experts_shared_outer": True}
+
+
+@pytest.mark.parametrize("name,params", [("0", {}), ("up_proj", OUTER), ("down_proj", OUTER)])
+def test_several_adapters_on_grouped_layers(name, params):
+    model = nn.ModuleDict({name: GroupedLinear(E, I, O, dtype=torch.float64)})
+    inject_peft_and_freeze(lora(name, init_lora_weights=False, **params), model)
+    add_adapter(model, "other", lora(name, r=2, init_lora_weights=False, **params))
     x = torch.randn(N, I, dtype=torch.float64)
-    layer, base = model[0], model[0].base(x, COUNTS)
+    layer, base = model[name], model[name].base(x, COUNTS)
     out = {}
     for names in (["default"], ["other"], ["default", "other"]):
         set_adapter(model, names)
