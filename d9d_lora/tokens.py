@@ -10,6 +10,20 @@ would wait for it. torch's ring attention cuts rows the same way.
 import torch
 from torch import Tensor
 
+IGNORE = -100  # the label of what is not trained, as everywhere in Hugging Face
+
+
+def lengthened(ids: Tensor, positions: Tensor, targets: Tensor, more: int, *, packed: bool, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [b, N] of ids, positions and targets with `more` tokens of padding on the right, which no real token sees and nobody trains.
+    In a packed row they are a document of their own."""
+    rows = len(ids)
+    after = torch.arange(more, device=ids.device).expand(rows, -1)
+    return (
+        torch.cat([ids, ids.new_full((rows, more), pad_id)], 1),
+        torch.cat([positions, after if packed else positions[:, -1:] + 1 + after], 1),
+        torch.cat([targets, targets.new_full((rows, more), IGNORE)], 1),
+    )
+
 
 def chunks_of(part: int, parts: int) -> tuple[int, int]:
     """The two chunks of a rank, of 2 `parts`."""

@@ -14,8 +14,9 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from d9d_lora.tokens import IGNORE
 from d9d_lora.train.batches import Batches, MicroBatch, shift_labels, sweep
-from d9d_lora.train.encode import IGNORE, Example
+from d9d_lora.train.encode import Example
 from d9d_lora.train.packing import check_packing, pack
 
 PAD = 0

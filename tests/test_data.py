@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from d9d_lora.tokens import IGNORE
 from d9d_lora.train.data import DataConfig, DataError, DataReport, load_data, load_examples, show_samples, split
-from d9d_lora.train.encode import IGNORE
 from tests.tiny_tokenizer import CHAT, ENDLESS, EVERYTHING, MARKED, REWRITES, tiny_tokenizer
 
 

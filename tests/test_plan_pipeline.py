@@ -1,21 +1,14 @@
 """A plan of a pipeline is what each of its ranks then costs: rehearsals on fake ranks against the trainer on real ones."""
 
-import gc
 from collections import Counter
-from unittest import mock
 
 import pytest
 import torch
 from transformers import AutoConfig
 
-from d9d_lora.placement import local_of
-from d9d_lora.plan.ledger import Ledger
 from d9d_lora.plan.main import main
-from d9d_lora.plan.rehearsal import depth_of, rehearse, rehearse_ranks
-from d9d_lora.train import model as models
-from d9d_lora.train.batches import MicroBatch
-from d9d_lora.train.trainer import Trainer
-from d9d_lora.train.world import device_of, join
+from d9d_lora.plan.rehearsal import depth_of, ledger_of, rehearse, rehearse_ranks
+from tests.counted import held_by, let_go, trainer_of
 from tests.small_run import config_of, make_assets
 
 ROW, STEPS = 24, 3
@@ -32,19 +25,10 @@ def assets(tmp_path_factory):
 
 def really(rank, assets, output, overrides):
     """What the plan tells, counted in the steps of a real trainer."""
-    config = config_of(assets, output, **overrides)
-    world = join(device_of("cpu"), config.parallel, 60)
-    reports, load = [], models.load
-    with mock.patch.object(models, "load", lambda *args: reports.append(load(*args))):
-        trainer = Trainer(config, world)
-    ids = torch.zeros(config.data.micro_batch_size, ROW, dtype=torch.int64)
-    positions = torch.arange(ROW).expand_as(ids)
-    batches = [MicroBatch(ids, ids, positions, i, 0, tokens=ids.numel()) for i in range(trainer.batches.accumulation)]
-    trainer.batches.step = lambda consumed: batches
-    trainer.cuts_logits = False
+    trainer, read = trainer_of(assets, output, overrides, ROW)
     pipe, kept, peaks = trainer.pipeline, {}, []
     real = pipe.forward, pipe._backward_begins, trainer.sum.reduce
-    with Ledger(world.mesh, {"dp": trainer.groups["data"]}) as ledger:
+    with ledger_of(trainer) as ledger:
 
         def forward(stage, *args):
             ledger.phase, before = "forward", ledger.live - ledger.gathered
@@ -63,19 +47,15 @@ def really(rank, assets, output, overrides):
 
         pipe.forward, pipe._backward_begins, trainer.sum.reduce = forward, backward, together
         for _ in range(STEPS):
-            gc.collect()
+            let_go(cycles=True)
             ledger.mark()
             ledger.phase, start = "before", ledger.live
             trainer.train_step()
-    trained = list(trainer.params.values())
-    found = {"optimiser": sum(local_of(t).nbytes for p in trained for k, t in trainer.optimiser.state[p].items() if k != "step")}
-    found["adapters"], found["base"] = (
-        sum(local_of(p).nbytes for p in trainer.model.parameters() if p.requires_grad == asked) for asked in (True, False)
-    )
+    found = held_by(trainer)
     stages = getattr(pipe._schedule, "_stages", None) or [pipe._schedule._stage]
     received = [i.buffer for s in stages for infos in (s.args_recv_info, s.grad_recv_info) for m in infos.values() for i in m]
     found["wire"] = sum(b.nbytes for b in received if isinstance(b, torch.Tensor) and b.dim() == 3)
-    found["read"], found["kept"], found["unit"] = reports[0].bytes_read, sum(map(min, kept.values())), ledger.largest
+    found["read"], found["kept"], found["unit"] = read, sum(map(min, kept.values())), ledger.largest
     found["peak"] = min(peaks[1:]) + found["base"] + found["adapters"] + found["optimiser"] + found["wire"]
     found["step"] = Counter({k: v for k, v in ledger.traffic.items() if k[0] in ("forward", "backward", "sum")})
     return found

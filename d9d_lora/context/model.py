@@ -28,11 +28,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from d9d_lora.context.attention import SharedAttention
 from d9d_lora.dropout import Share
 from d9d_lora.layers.stacked import Stacked
-from d9d_lora.tokens import share_of
+from d9d_lora.tokens import IGNORE, lengthened, share_of
 from d9d_lora.walk import adapted_layers, clock_of, tensor_parallel_mesh
 
 Attention = Literal["auto", "ulysses", "gather", "ring"]
-IGNORE = -100  # the label of what is not trained, as everywhere in Hugging Face
 _PREFIX = "d9d_lora_"
 _numbers = itertools.count()
 
@@ -120,10 +119,7 @@ class ContextParallel:
         if packed is None:
             packed = position_ids is not None and bool((positions[:, 1:] == 0).any())
         if more:
-            after = torch.arange(more, device=input_ids.device).expand(rows, -1)
-            positions = torch.cat([positions, after if packed else positions[:, -1:] + 1 + after], 1)
-            input_ids = torch.cat([input_ids, input_ids.new_full((rows, more), pad_id)], 1)
-            targets = torch.cat([targets, targets.new_full((rows, more), IGNORE)], 1)
+            input_ids, positions, targets = lengthened(input_ids, positions, targets, more, packed=packed, pad_id=pad_id)
         inputs = {"input_ids": self.share(input_ids), "position_ids": self.share(positions), "use_cache": False}
         if packed:
             inputs["attention_mask"] = (positions == 0).cumsum(-1)[:, None, None]  # [Note: documents] in `attention`

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from d9d_lora.train.encode import IGNORE, Example
+from d9d_lora.tokens import IGNORE
+from d9d_lora.train.encode import Example
 from d9d_lora.train.packing import block_causal_mask, pack
 
 

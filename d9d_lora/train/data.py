@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from d9d_lora.train.encode import IGNORE, Example, encode
+from d9d_lora.tokens import IGNORE
+from d9d_lora.train.encode import Example, encode
 from d9d_lora.train.rows import DataError, check_columns, detect_format, read_rows
 from d9d_lora.train.split import digests, split
 

@@ -18,9 +18,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from d9d_lora.tokens import IGNORE
 from d9d_lora.train.rows import DataError, Format, Row
-
-IGNORE = -100  # the label of a token that is not trained, as in Hugging Face and in torch's cross entropy
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,12 @@ from d9d_lora.state.native_format import trained_writer
 from d9d_lora.state.peft_format import AdapterError, adapter_writer, holds_all
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.styles import take_column_path
+from d9d_lora.tokens import IGNORE, lengthened
 from d9d_lora.train import model as models
 from d9d_lora.train.batches import Batches, MicroBatch, shift_labels, sweep
 from d9d_lora.train.checks import Coverage, check_replicas
 from d9d_lora.train.config import RunConfig
 from d9d_lora.train.data import load_data, show_samples
-from d9d_lora.train.encode import IGNORE
 from d9d_lora.train.exports import check_exports, write_exports
 from d9d_lora.train.optim import adamw, clip_, learning_rate, optimiser_state, set_learning_rate
 from d9d_lora.train.packing import check_packing
@@ -470,7 +470,9 @@ class Trainer:
         if self.context is not None:
             inputs, targets = self.context.split(batch.input_ids, batch.position_ids, targets, packed=batch.packed, pad_id=self.pad_id)
         elif sequence and (short := -batch.input_ids.shape[1] % self.world.parallel.tp):
-            inputs, targets = self._lengthen(inputs, targets, short)
+            ids, positions, packed = inputs["input_ids"], inputs["position_ids"], self.config.data.packing
+            ids, positions, targets = lengthened(ids, positions, targets, short, packed=packed, pad_id=self.pad_id)
+            inputs = {**inputs, "input_ids": ids, "position_ids": positions}
         if self.cuts_logits and not sequence:
             # Logits only where a row has a target: the head is the widest layer, and most positions teach nothing.
             keep = (targets != IGNORE).any(0).nonzero().squeeze(1)
@@ -487,20 +489,6 @@ class Trainer:
             self.context.sum(rows)  # a row is right where all its parts are
         right = (rows[0] > 0) & (rows[1] == 0)
         return loss, right.sum(), (rows[0] > 0).sum()
-
-    def _lengthen(self, inputs: dict[str, Any], targets: Tensor, more: int) -> tuple[dict[str, Any], Tensor]:
-        """Pads on the right to a multiple of the ranks that share the tokens; no real token sees the padding."""
-        ids, positions = inputs["input_ids"], inputs["position_ids"]
-        rows = ids.shape[0]
-        after = torch.arange(more, device=ids.device).expand(rows, more)
-        return (
-            {
-                **inputs,
-                "input_ids": torch.cat([ids, ids.new_full((rows, more), self.pad_id)], 1),
-                "position_ids": torch.cat([positions, after if self.config.data.packing else positions[:, -1:] + 1 + after], 1),
-            },
-            torch.cat([targets, targets.new_full((rows, more), IGNORE)], 1),
-        )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
