@@ -2,7 +2,7 @@
 
 Replicas over tensor parallelism must draw one mask whatever the ambient seeds, or lora_A drifts apart; data-parallel ranks must
 draw different ones; a recomputed forward (activation checkpointing) must draw the same one again. So whether an element is kept is
-a function of (layer name, clock, its row, its column). Each rank computes it for its part, and nothing is stored for the backward.
+a function of (layer name, clock, its row, its column). Each rank finds it for its part, and nothing is stored for the backward.
 
     clock = the number of training forwards of the injected model, and the replica   (a plain loop)
           = the number of the microbatch in the whole run                            (our trainer: the same on every layout)
@@ -13,6 +13,7 @@ In a plain loop the module that was injected must be the one that is called: its
 checkpointing each forward must be followed by its backward, for a recomputed block reads the clock as it stands.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -279,7 +280,7 @@ def _keep(
     among: Among | None = None,
 ) -> list[Tensor]:
     generator = _generator(now, key, xs[0].device)
-    return (_hashed if xs[0].device.type == "cpu" else _drawn)(xs, generator, p, size, start, Share(parts, part, batch, more), among)
+    return (_played if xs[0].device.type == "cpu" else _drawn)(xs, generator, p, size, start, Share(parts, part, batch, more), among)
 
 
 def _drawn(
@@ -294,41 +295,36 @@ def _drawn(
     return [torch.where(kept, x, 0).contiguous() for x in xs]
 
 
-# On a CPU a generator has one core, and draws for every element take ten times as long as this hash, which uses all cores: a number of 16
-# bits an element, four to a word of 64, and word(row, column / 4) = mix(a[row] + b[column / 4]), with a and b drawn, and two rounds of
-# xorshift and product (the factors are splitmix64's) as the mix. An element is kept if its number is among the 1 - p lowest, to 2^-16. The
-# mix ends with a product: `>>` of signed words copies the sign, so w ^ (w >> k) has a top bit that is always zero.
+# On a CPU a generator has one core, and draws for every element take longer than the products they are for. So there is one tape of 2^20
+# draws, of which round(p 2^20) drop, and a row of a mask is what stands on the tape from a place that is drawn for that row: two reads and a
+# write an element, on all cores. Two elements of a row stand at different places of the tape, and two rows, whatever their layers and
+# times, overlap with a probability of about 2 * width / 2^20, shifted against each other: equal columns meet once in 2^20.
 
-_LANES = 4
-_MIX = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB as signed numbers
+_TAPE = 1 << 20
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BLOCK = 1 << 20  # elements at a time, so that the words stay in the cache
 
 
-def _hashed(
+@functools.lru_cache(maxsize=8)
+def _tape(zeros: int, dtype: torch.dtype, laps: int) -> Tensor:
+    """[laps * 2^20]: all bits are ones where an element is kept."""
+    with torch.inference_mode(False):
+        order = torch.randperm(_TAPE, generator=torch.Generator("cpu").manual_seed(key_of("tape")), device="cpu")
+        return order.ge(zeros).to(dtype).neg_().repeat(laps)
+
+
+def _played(
     xs: Sequence[Tensor], generator: torch.Generator, p: float, size: int, start: int, share: Share, among: Among | None
 ) -> list[Tensor]:
-    kept = [x.clone(memory_format=torch.contiguous_format) for x in xs]
-    if not kept[0].numel():
-        return kept
-    width, lanes = kept[0].shape[-1], -(-size // _LANES)
-    bits = [x.view(-1, width).view(_INTEGERS[x.element_size()]) for x in kept]
-    n = bits[0].shape[0]
-    many = share.rows_of(n if among is None else among.rows)
-    drawn = torch.empty(lanes + many, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    columns, rows = drawn[start // _LANES : -(-(start + width) // _LANES)], share.cut(drawn[lanes:, None])
-    rows = rows if among is None else among.cut(rows)
-    bound = min(max(round((1 - p) * 2**16), 1), 2**16 - 1) - 2**15
-    block = max(1, _BLOCK // width)
-    for at in range(0, n, block):
-        words = rows[at : at + block] + columns
-        for shift, factor in _MIX:
-            words.bitwise_xor_(words >> shift).mul_(factor)
-        numbers = words.view(torch.int16)[:, start % _LANES : start % _LANES + width]
-        ones = numbers.clamp(bound - 1, bound).sub_(bound)  # below the bound all bits are one, from it on none
-        for x in bits:
-            x[at : at + block].bitwise_and_(ones.to(x.dtype))
-    return kept
+    width = xs[0].shape[-1]
+    many = share.rows_of(xs[0].numel() // max(width, 1) if among is None else among.rows)
+    places = share.cut(torch.empty(many, dtype=torch.int64, device="cpu").random_(_TAPE, generator=generator))
+    places = places if among is None else among.cut(places)
+    zeros = min(max(round(p * _TAPE), 1), _TAPE - 1)
+    bits = [x.contiguous().view(_INTEGERS[x.element_size()]) for x in xs]
+    tape = _tape(zeros, bits[0].dtype, 1 + -(-size // _TAPE))
+    ones = tape.as_strided((_TAPE, width), (1, 1), start).index_select(0, places).view(bits[0].shape)
+    kept = [ones & x for x in bits[1:]] + [ones.bitwise_and_(bits[0])]  # the last one in place
+    return [k.view(x.dtype) for k, x in zip(kept[-1:] + kept[:-1], xs)]
 
 
 @torch.library.custom_op("d9d_lora::keep", mutates_args=())

@@ -145,10 +145,10 @@ def test_a_compiled_step_is_the_same_step():
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
 
 
-@pytest.mark.parametrize("draw", ["_hashed", "_drawn"])
+@pytest.mark.parametrize("draw", ["_played", "_drawn"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_mask_is_even_and_its_windows_are_windows_of_the_whole(monkeypatch, dtype, draw):
-    monkeypatch.setattr(dropout_file, "_hashed", getattr(dropout_file, draw))  # `_drawn` is that of accelerators
+    monkeypatch.setattr(dropout_file, "_played", getattr(dropout_file, draw))  # `_drawn` is that of accelerators
     x, p, now = torch.ones(900, 1030, dtype=dtype), 0.3, torch.tensor(11)
     kept, twice = Mask(now, 5, p, 1030, 0).keep(x, 2 * x)
     assert torch.equal(twice, 2 * kept)
