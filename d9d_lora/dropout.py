@@ -131,7 +131,8 @@ class Mask(NamedTuple):
     more: int = 0
 
     def keep(self, *xs: Tensor) -> list[Tensor]:
-        """Copies of tensors of one shape in which what is dropped is zero; not scaled by 1 / (1 - p)."""
+        """Tensors of one shape in which what is dropped is zero; not scaled by 1 / (1 - p). The first is copied; the others are the
+        caller's own, and may be changed in place."""
         if type(xs[0]) is Tensor and not torch.compiler.is_compiling():
             return _keep(xs, *self)  # an operator written in Python costs more than a small mask
         return [_keep_op(x, *self) for x in xs]
@@ -292,7 +293,7 @@ def _drawn(
     drawn = torch.empty((share.rows_of(rows), size), dtype=torch.bool, device=xs[0].device).bernoulli_(1 - p, generator=generator)
     drawn = share.cut(drawn)
     kept = (drawn if among is None else among.cut(drawn))[:, start : start + width].reshape(shape)
-    return [torch.where(kept, x, 0).contiguous() for x in xs]
+    return [torch.where(kept, xs[0], 0).contiguous(), *(x.masked_fill_(~kept, 0) for x in xs[1:])]
 
 
 # On a CPU a generator has one core, and draws for every element take longer than the products they are for. So there is one tape of 2^20
@@ -323,8 +324,8 @@ def _played(
     bits = [x.contiguous().view(_INTEGERS[x.element_size()]) for x in xs]
     tape = _tape(zeros, bits[0].dtype, 1 + -(-size // _TAPE))
     ones = tape.as_strided((_TAPE, width), (1, 1), start).index_select(0, places).view(bits[0].shape)
-    kept = [ones & x for x in bits[1:]] + [ones.bitwise_and_(bits[0])]  # the last one in place
-    return [k.view(x.dtype) for k, x in zip(kept[-1:] + kept[:-1], xs)]
+    kept = [x.bitwise_and_(ones) for x in bits[1:]]
+    return [k.view(x.dtype) for k, x in zip([ones.bitwise_and_(bits[0]), *kept], xs)]
 
 
 @torch.library.custom_op("d9d_lora::keep", mutates_args=())

@@ -152,6 +152,7 @@ def test_a_mask_is_even_and_its_windows_are_windows_of_the_whole(monkeypatch, dt
     x, p, now = torch.ones(900, 1030, dtype=dtype), 0.3, torch.tensor(11)
     kept, twice = Mask(now, 5, p, 1030, 0).keep(x, 2 * x)
     assert torch.equal(twice, 2 * kept)
+    assert x.all()
     assert torch.equal(kept[:, 207:519], Mask(now, 5, p, 1030, 207).keep(x[:, 207:519])[0])
     assert set(kept.unique().tolist()) == {0.0, 1.0}
     off = (kept.double() - (1 - p)) / (p * (1 - p)) ** 0.5
