@@ -32,7 +32,7 @@ from d9d_lora.tokens import share_of
 
 class Share(NamedTuple):
     """Which tokens of its rows a context-parallel rank has: `share_of(rows, part, parts)` of `batch` rows, each with `more` tokens of
-    padding at its end that one process has not."""
+    padding at its end that one process has not. Sequence parallelism has such padding too, and all rows."""
 
     parts: int = 1
     part: int = 0
@@ -45,12 +45,12 @@ class Share(NamedTuple):
 
     def cut(self, whole: Tensor) -> Tensor:
         """This rank's of all rows [batch N, ...]."""
-        if self.parts == 1:
+        if self.parts == 1 and not self.more:
             return whole
         rows = whole.unflatten(0, (self.batch, -1))
         if self.more:
             rows = torch.cat([rows, rows.new_zeros(self.batch, self.more, *rows.shape[2:])], 1)
-        return share_of(rows, self.part, self.parts).flatten(0, 1)
+        return (rows if self.parts == 1 else share_of(rows, self.part, self.parts)).flatten(0, 1)
 
 
 class Clock:

@@ -38,7 +38,7 @@ def held_by(trainer):
 
 
 def let_go(*, cycles=False):
-    """Gives threads of gloo the time to let go of the buffers of collectives that have ended; of reference cycles, too, where asked (slow)."""
+    """Gives threads of gloo time to let go of the buffers of collectives that have ended; of reference cycles, too, where asked (slow)."""
     if cycles:
         gc.collect()
     time.sleep(0.03)

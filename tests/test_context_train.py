@@ -71,6 +71,7 @@ CASES = {
     "eva": ("cp2", {"peft": EVA}),
     "adalora": ("cp2_tp2", {"peft": ADALORA}),
     "embeddings": ("fsdp2_cp2", {"peft": {"kind": "dora", "target_modules": ["embed_tokens", "v_proj"], "params": {"r": 2, "alpha": 4}}}),
+    "head": ("cp2", {"peft": {"kind": "lora", "target_modules": ["lm_head"], "params": {"r": 2, "dropout": 0.2}}, "train__steps": 2}),
 }
 
 

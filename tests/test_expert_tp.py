@@ -18,6 +18,7 @@ from d9d_lora.train import model as models
 from d9d_lora.train.config import ModelConfig, ParallelConfig
 from d9d_lora.train.world import World, join
 from d9d_lora.walk import adapted_layers, clock_of
+from tests.pool import RankFailed
 from tests.small_run import losses, make_assets, run
 from tests.test_experts import FAMILIES, IDS, MIX, SHAPE, STACKS, model_of
 from tests.test_laws import wake
@@ -213,6 +214,12 @@ def test_a_run_is_that_of_one_process(pool, tmp_path, whole, layout):
         found = load_file(output / "adapter" / "adapter_model.safetensors")
         assert found.keys() == adapter.keys()
         assert all((found[k] - t).abs().max() < 1e-5 for k, t in adapter.items())
+
+
+def test_masks_of_rows_that_are_padded_are_refused(pool, tmp_path, whole):
+    told = "rows are padded to a multiple of 2 tokens.*give a data.seq_len that is a multiple of 2"
+    with pytest.raises(RankFailed, match=told):
+        pool.run(2, run, whole[0], tmp_path, {**RUN, **LAYOUTS["tp2_sp"][1], "data__seq_len": 31})
 
 
 def test_what_is_not_proven_is_refused():

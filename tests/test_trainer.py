@@ -74,7 +74,9 @@ def test_recomputation_and_compilation_change_no_loss(pool, assets, one, tmp_pat
 
 
 def test_packing_is_the_same_on_every_layout(pool, assets, tmp_path):
-    packed = {"data__packing": True, "data__batch_size": 4, "train__steps": 3, "peft__params": {"r": 4, "alpha": 8}}
+    """Also masks of rows that sequence parallelism pads, two in a batch, and of the head, which is given only what has a target."""
+    rows = {"data__packing": True, "data__batch_size": 4, "data__micro_batch_size": 2, "data__seq_len": 31}
+    packed = {**rows, "train__steps": 3, "peft__target_modules": ["q_proj", "down_proj", "lm_head"]}
     (expected,) = pool.run(1, run, assets, tmp_path / "one", packed)
     for layout in ("fsdp2", "tp2_sp"):
         world, degrees = LAYOUTS[layout]

@@ -21,6 +21,8 @@ from d9d_lora.tokens import IGNORE
 from d9d_lora.train.encode import Example
 from d9d_lora.train.packing import block_causal_mask, pack
 
+ROWS_OF = 8  # rows are as long as a multiple of so many tokens, or `seq_len`
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -186,9 +188,9 @@ def sweep(
 def collate(
     rows: Sequence[Sequence[Example]], *, seq_len: int, pad_id: int, packed: bool, index: int, epoch: int
 ) -> MicroBatch:
-    """Rows of documents -> tensors. Padded to a multiple of 8 (but no further than seq_len); packed rows to seq_len."""
+    """Rows of documents -> tensors. Padded to a multiple of `ROWS_OF` (but no further than seq_len); packed rows to seq_len."""
     longest = max(sum(len(example.input_ids) for example in row) for row in rows)
-    length = seq_len if packed else min(seq_len, max(8, -(-longest // 8) * 8))
+    length = seq_len if packed else min(seq_len, max(ROWS_OF, -(-longest // ROWS_OF) * ROWS_OF))
     shape = (len(rows), length)
     input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
     position_ids = torch.arange(length).repeat(len(rows), 1)

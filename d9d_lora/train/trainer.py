@@ -27,8 +27,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from d9d_lora.context import ContextParallel
+from d9d_lora.dropout import Share
 from d9d_lora.init.data import Step
 from d9d_lora.inject import inject_peft_and_freeze
+from d9d_lora.layers import AdaptedLayer
+from d9d_lora.layers.stacked import Stacked
 from d9d_lora.method import PeftMethod
 from d9d_lora.mixture import stacks
 from d9d_lora.placement import ReplicatedSum, at_least_fp32, is_of_own_experts, key_of
@@ -44,7 +47,7 @@ from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.styles import take_column_path
 from d9d_lora.tokens import IGNORE, lengthened
 from d9d_lora.train import model as models
-from d9d_lora.train.batches import Batches, MicroBatch, shift_labels, sweep
+from d9d_lora.train.batches import ROWS_OF, Batches, MicroBatch, shift_labels, sweep
 from d9d_lora.train.checks import Coverage, check_replicas
 from d9d_lora.train.config import RunConfig
 from d9d_lora.train.data import load_data, show_samples
@@ -178,6 +181,7 @@ class Trainer:
             lost = [la.name for la in adapted_layers(self.model) if la.placing.mesh is None]
             if lost:
                 raise ValueError(f"parallel.sequence_parallel: {lost[:4]} are not in the model's plan, so their gradients would be partial")
+            self._check_rows_of_experts()
             take_column_path(self.model, world.parallel.column_path(recomputed=config.train.activation_checkpointing))
         self.trained_names = [clean(n) for n, p in self.model.named_parameters() if p.requires_grad]
         if not self.trained_names:
@@ -195,6 +199,17 @@ class Trainer:
         self.groups |= {"experts": world.expert_group(), "experts_both": world.expert_group("tp")}
         return mapper
 
+    def _check_rows_of_experts(self) -> None:
+        """Tokens of padding that one process has not come between the rows of experts, and would move their masks."""
+        tp, seq_len = self.world.parallel.tp, self.config.data.seq_len
+        padded = seq_len % tp or (ROWS_OF % tp and not self.config.data.packing)
+        if padded and any(isinstance(la, Stacked) and la.dropout.p for la in adapted_layers(self.model)):
+            mend = f"a data.seq_len that is a multiple of {tp}" if seq_len % tp else f"a parallel.tp that divides {ROWS_OF}"
+            raise ValueError(
+                f"dropout on adapted experts with parallel.sequence_parallel: rows are padded to a multiple of {tp} tokens, and masks "
+                f"would not be those of one process; give {mend}, or set dropout to 0"
+            )
+
     def _collect(self) -> None:
         """What a step needs to know of the model."""
         self.params = {clean(n): p for n, p in sorted(self.model.named_parameters(), key=lambda x: clean(x[0])) if p.requires_grad}
@@ -202,7 +217,7 @@ class Trainer:
         groups = {p: self.groups["experts" if is_of_own_experts(p) else "data"] for p in self.params.values()}
         whole = [p for p, group in groups.items() if group is not None and not is_over_data(p)]
         self.sum = ReplicatedSum(adapted_layers(self.model), in_parts=self._thawed_parts(), over_data=whole, **self.groups)
-        self.cuts_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.cuts_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters and not _drops_at_head(self.model)
         self.fsdp = list(models.fsdp_modules(self.model))
         self.clocks = {id(c): c for la in adapted_layers(self.model) if (c := la.dropout.clock) is not None}.values()
 
@@ -469,10 +484,14 @@ class Trainer:
         sequence = self.world.parallel.sequence_parallel
         if self.context is not None:
             inputs, targets = self.context.split(batch.input_ids, batch.position_ids, targets, packed=batch.packed, pad_id=self.pad_id)
-        elif sequence and (short := -batch.input_ids.shape[1] % self.world.parallel.tp):
-            ids, positions, packed = inputs["input_ids"], inputs["position_ids"], self.config.data.packing
-            ids, positions, targets = lengthened(ids, positions, targets, short, packed=packed, pad_id=self.pad_id)
-            inputs = {**inputs, "input_ids": ids, "position_ids": positions}
+        elif sequence:
+            several, short = len(batch.input_ids), -batch.input_ids.shape[1] % self.world.parallel.tp
+            for clock in self.clocks:
+                clock.share = Share(batch=several, more=short) if short and several > 1 else Share()
+            if short:
+                ids, positions, packed = inputs["input_ids"], inputs["position_ids"], self.config.data.packing
+                ids, positions, targets = lengthened(ids, positions, targets, short, packed=packed, pad_id=self.pad_id)
+                inputs = {**inputs, "input_ids": ids, "position_ids": positions}
         if self.cuts_logits and not sequence:
             # Logits only where a row has a target: the head is the widest layer, and most positions teach nothing.
             keep = (targets != IGNORE).any(0).nonzero().squeeze(1)
@@ -626,6 +645,13 @@ class _Remember:
         result = self._method.inject(module)
         self.passed_over = result.passed_over
         return result
+
+
+def _drops_at_head(model: Any) -> bool:
+    """Whether an adapter on the output head drops: its masks number the rows it is given, so they would follow where logits are cut, and
+    that is another place for tokens that ranks share."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return isinstance(head, AdaptedLayer) and head.dropout.p > 0
 
 
 def of_length(peft: Any, steps: int) -> Any:
