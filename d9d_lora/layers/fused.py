@@ -164,5 +164,10 @@ def _scale(scaling: float, mask: Mask | None) -> float:
 
 def _stacked(readers: Sequence[Reader], dtype: torch.dtype) -> Tensor:
     """A of all readers, [R, I], to compute with."""
-    A = readers[0].A if len(readers) == 1 else torch.cat([r.A for r in readers])
-    return A.to(dtype)
+    if len(readers) == 1:
+        return readers[0].A.to(dtype)
+    ranks = [r.A.shape[0] for r in readers]
+    A = readers[0].A.new_empty(sum(ranks), readers[0].A.shape[1], dtype=dtype)
+    for r, part in zip(readers, A.split(ranks)):
+        part.copy_(r.A)  # stacked and cast at once
+    return A
