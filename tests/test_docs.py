@@ -105,6 +105,8 @@ def config_files():
         if group == "experiment":
             continue
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if group == "peft" and content == {"peft": None}:
+            continue  # the method is that of model.adapter
         yield f"{group}/{file.stem}", content, resolve(content["kind"])[0] if group == "peft" else groups[group]
 
 

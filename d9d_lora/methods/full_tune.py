@@ -30,16 +30,20 @@ class FullTune(PeftMethod[FullTuneConfig]):
 
     def inject(self, module: nn.Module) -> PeftInjectionResult:
         refuse_sharded(module)
-        names = names_of_modules(module)
-        matched = [(ns, m) for ns, m in names if any(self.config.module_name_pattern.fullmatch(n) for n in ns)]
-        params = {id(p): p for _, m in matched for p in m.parameters()}
+        params = {id(p): p for p in self.matched(module)}
         if not params:
+            names = names_of_modules(module)
             raise NoMatch(
                 f"full_tune: {self.config.module_name_pattern.pattern!r} matches no module with parameters"
                 + hint(self.config.module_name_pattern.pattern, [n for ns, m in names for n in ns if any(m.parameters(False))])
             )
         refuse_trained_bases(module, params)
         return PeftInjectionResult(list(params.values()), [])
+
+    def matched(self, module: nn.Module) -> list[nn.Parameter]:
+        """The parameters that will be trained; changes nothing."""
+        pattern = self.config.module_name_pattern
+        return [p for names, m in names_of_modules(module) if any(pattern.fullmatch(n) for n in names) for p in m.parameters()]
 
     def merge(self, module: nn.Module) -> None:
         """Nothing to do: the base parameters themselves were trained."""

@@ -130,7 +130,7 @@ class Rehearsal(Trainer):
         self.config = config.model_copy(update={"peft": of_length(config.peft, config.train.steps)})
         self.world = world
         self.dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-        self.found = None
+        self.found = self.start = None
         self.pad_id = 0
         self.method = peft_method_from_config(self._seeded(self.config.peft))
         if self.method.surveys:

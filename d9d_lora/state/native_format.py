@@ -8,7 +8,7 @@ An adapter that PEFT knows is written as PEFT's directory instead (`peft_format.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from d9d_lora.registry import peft_method_from_config
 from d9d_lora.state.atomic import decided, gather, sync_tree, to_first
 from d9d_lora.state.names import clean
 from d9d_lora.state.peft_limits import huge_numbers
-from d9d_lora.state.reader import load_checkpoint, named_state
+from d9d_lora.state.reader import LoadReport, load_checkpoint, named_state
 from d9d_lora.state.safetensors_dir import CheckpointError, open_checkpoint
 from d9d_lora.state.untrusted import AGAIN, inside, is_name, read_json, shown
 
@@ -110,8 +110,11 @@ def _refuse_slow(config: Any) -> None:
             raise CheckpointError(f"{field} = {shown(value)}: {error}") from error
 
 
-def load_trained(model: nn.Module, path: Path) -> None:
+def load_trained(model: nn.Module, path: Path, *, elsewhere: Collection[str] = (), compare: bool = False) -> LoadReport:
     """Fills the trained parameters of an injected model, on any layout, each rank its own box; names must be the same.
+
+    Args:
+        elsewhere, compare: As of `load_adapter_weights`.
 
     Raises:
         CheckpointError: unknown, missing or misshapen names, and values that are not finite; nothing has been changed then.
@@ -122,4 +125,6 @@ def load_trained(model: nn.Module, path: Path) -> None:
         keys, names = method_of_trained(path).expand(model, held)
         left_alone = {name for name, _ in named_state(model)} - (trained - names)
         ignored = [f"^{re.escape(key)}$" for key in sorted(keys)]
-        load_checkpoint(model, files, skip=left_alone, ignore_unexpected=ignored, all_or_none=True)
+        return load_checkpoint(
+            model, files, skip=left_alone, ignore_unexpected=ignored, elsewhere=elsewhere, all_or_none=True, compare=compare
+        )

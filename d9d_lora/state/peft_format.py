@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -434,12 +434,18 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def load_adapter_weights(model: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
+def load_adapter_weights(
+    model: nn.Module, path: str | os.PathLike[str], *, elsewhere: Collection[str] = (), compare: bool = False
+) -> LoadReport:
     """Fills the adapter of a model from a PEFT directory; each rank reads the bytes of its own box only, as far as the layout of a
     tensor in the file is that of the model.
 
     The model is injected already (by the method that `method_of` makes, say), its base weights are loaded, and it may
     be on any layout. No collective.
+
+    Args:
+        elsewhere: Names of the model whose tensors other ranks hold (pipeline stages), on meta here.
+        compare: Change nothing, and raise CheckpointError if what is trained here is not to the bit what the file says.
 
     Raises:
         AdapterError, CheckpointError: unknown, missing and misshapen keys in one message before anything is read; a
@@ -474,7 +480,8 @@ def load_adapter_weights(model: nn.Module, path: str | os.PathLike[str]) -> Load
         copies = trained.dialect.sort(files.names()).base_copies
         for layer in trained.adapted:
             if layer.name in copies:
-                _same_base(files, copies[layer.name], layer)
+                if not layer.base.weight.is_meta:  # type: ignore[union-attr]  # of another stage
+                    _same_base(files, copies[layer.name], layer)
                 known.add(copies[layer.name])
         known |= trained.dialect.repeated(files, trained.adapted)
         for entry in entries:
@@ -482,7 +489,19 @@ def load_adapter_weights(model: nn.Module, path: str | os.PathLike[str]) -> Load
                 _same_value(files, entry, entry.expected)
         harmless = [f"^{re.escape(key)}$" for key in sorted(known)]
         sinks = {e.key: (torch.empty(e.shape, device="meta"), e.take) for e in entries if e.take is not None}
-        report = load_checkpoint(model, files, mapper, skip=others, ignore_unexpected=harmless, sinks=sinks, all_or_none=True)
+        report = load_checkpoint(
+            model,
+            files,
+            mapper,
+            skip=others,
+            ignore_unexpected=harmless,
+            sinks=sinks,
+            elsewhere=elsewhere,
+            all_or_none=True,
+            compare=compare,
+        )
+    if compare:
+        return report
     trained.dialect.filled(trained.adapted, config)
     for layer in trained.adapted:
         layer.started |= not layer.delta.moves_base  # every factor has its value, those that start from the weight too

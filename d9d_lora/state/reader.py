@@ -69,6 +69,7 @@ def load_checkpoint(
     elsewhere: Collection[str] = (),
     twins: Mapping[str, Tensor] = MappingProxyType({}),
     all_or_none: bool = False,
+    compare: bool = False,
 ) -> LoadReport:
     """Fills every parameter and persistent buffer of `model`, in place, each rank reading only what it holds.
 
@@ -83,6 +84,7 @@ def load_checkpoint(
         twins: Names that other ranks have for a tensor which is here under another name, tied: read from either.
         all_or_none: Check every value before the first is put in its place, so that a broken file changes nothing; this rank's part of
             the file is in memory at once.
+        compare: Fill nothing, and raise for tensors whose part here is not what the file says, to the bit; `sinks` are not looked at.
 
     Raises:
         CheckpointError: unknown, missing or misshapen keys and integers where floats belong, all in one message and
@@ -105,7 +107,9 @@ def load_checkpoint(
         filled: dict[int, str] = {}
         in_blocks = frozenset[str]() if all_or_none else targets.keys() - sinks.keys()
         read: Iterable[Part] = (part for step in plan.steps for part in step.read(files, in_blocks))
-        if all_or_none:
+        if compare:
+            read = _unlike(read, targets, sinks.keys())
+        elif all_or_none:
             read = list(_checked(read, targets))
         for name, rows, values in read:
             if name in sinks:
@@ -346,6 +350,20 @@ def _checked(read: Iterable[Part], targets: Mapping[str, Tensor]) -> Iterator[Pa
         yield name, rows, values
 
 
+def _unlike(read: Iterable[Part], targets: Mapping[str, Tensor], sinks: Collection[str]) -> Iterator[Part]:
+    """Gives nothing; raises for what is there and is not what was read."""
+    found: list[str] = []
+    for name, rows, values in read:
+        if name not in sinks:
+            local, cast = _at_its_place(name, targets[name], rows, values)
+            if not torch.equal(local, cast.to(local.device)):
+                found.append(name)
+    if found:
+        names = sorted(set(found))
+        raise CheckpointError(f"{len(names)} tensors are not what the file says, {names[:SHOWN]}")
+    return iter(())
+
+
 def _two_values(name: str, twin: str) -> CheckpointError:
     return CheckpointError(
         f"{name!r} and {twin!r} are one tensor in the model and two different ones in the file. "
@@ -355,17 +373,22 @@ def _two_values(name: str, twin: str) -> CheckpointError:
 
 def _fill(name: str, target: Tensor, rows: slice, values: Tensor, filled: dict[int, str]) -> None:
     """Copies some rows to their place, or compares them where another name of the same tensor has filled it."""
-    local = _local(target)
-    local = local[rows] if local.dim() else local
-    if values.shape != local.shape:
-        raise CheckpointError(f"{name!r}: expected a local part of shape {tuple(local.shape)}, made {values.shape}.")
-    cast = values.to(local.dtype)
+    local, cast = _at_its_place(name, target, rows, values)
     _refuse_infinite(name, cast, values.dtype)
     twin = filled.setdefault(id(target), name)
     if twin == name:
         local.copy_(cast)
     elif not torch.equal(local, cast.to(local.device)):
         raise _two_values(name, twin)
+
+
+def _at_its_place(name: str, target: Tensor, rows: slice, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Some rows of the local part, and the values that belong there, in its dtype."""
+    local = _local(target)
+    local = local[rows] if local.dim() else local
+    if values.shape != local.shape:
+        raise CheckpointError(f"{name!r}: expected a local part of shape {tuple(local.shape)}, made {values.shape}.")
+    return local, values.to(local.dtype)
 
 
 def _refuse_infinite(name: str, cast: Tensor, in_file: torch.dtype) -> None:

@@ -32,6 +32,11 @@ class ModelConfig(Strict):
     )
     attention: str = Field("sdpa", description="attention implementation of transformers: sdpa, eager, flash_attention_2")
     tokenizer: str | None = Field(None, description="where the tokenizer is, if not in `path`")
+    adapter: str | None = Field(
+        None,
+        description="an adapter to start from: a PEFT directory, a .safetensors or .gguf file, or a directory of this trainer; `peft` says "
+        "what it is once more, or nothing (peft=from_adapter). A checkpoint of the run goes first",
+    )
     ignore_unexpected: list[str] = Field(
         default_factory=list, description="regular expressions for keys of the checkpoint that the model may lack"
     )
@@ -215,13 +220,21 @@ class RunConfig(Strict):
     output_dir: Path = Field(Path("outputs/run"), description="one directory, whatever the number of ranks")
     model: ModelConfig
     data: DataConfig
-    peft: Annotated[SerializeAsAny[BaseModel], BeforeValidator(config_from)]
+    peft: Annotated[SerializeAsAny[BaseModel], BeforeValidator(config_from)] | None = Field(
+        None, description="the method; null: that of model.adapter"
+    )
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # type: ignore[arg-type]
     optim: OptimConfig = Field(default_factory=OptimConfig)  # type: ignore[arg-type]
     train: LoopConfig = Field(default_factory=LoopConfig)  # type: ignore[arg-type]
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # type: ignore[arg-type]
     tracker: TrackerConfig = Field(default_factory=TrackerConfig)  # type: ignore[arg-type]
     export: ExportConfig = Field(default_factory=ExportConfig)  # type: ignore[arg-type]
+
+    @model_validator(mode="after")
+    def _has_a_method(self) -> Self:
+        if self.peft is None and self.model.adapter is None:
+            raise ValueError("peft: no method; give one (peft=lora), or an adapter to start from, which has its own (model.adapter=...)")
+        return self
 
     @model_validator(mode="after")
     def _compiles(self) -> Self:

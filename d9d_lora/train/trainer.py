@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -58,6 +59,7 @@ from d9d_lora.train.pipeline import Alone, Pipeline, check_microbatches, stages_
 from d9d_lora.train.replicated import choose, is_over_data
 from d9d_lora.train.report import Tracker, census, show_census, size
 from d9d_lora.train.stages import Split, check_pieces
+from d9d_lora.train.start import Start, outline_of, with_method
 from d9d_lora.train.world import GRADIENT_AXES, World
 from d9d_lora.walk import adapted_layers, clock_of
 
@@ -77,10 +79,14 @@ class Trainer:
     """Everything of one run. `Trainer(config, world).run()`."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        self.config = config.model_copy(update={"peft": of_length(config.peft, config.train.steps)})
         self.world = world
         torch.manual_seed(config.train.seed)
         self.dtype = decided("choosing the dtype", lambda: models.choose_dtype(config.model.dtype, world.device))
+        self.start, self.own_method = Start(config.model) if config.model.adapter else None, config.peft is None
+        if self.own_method:
+            config = with_method(config, self.start, outline_of(config.model, self.dtype))
+        self.peft: BaseModel = of_length(config.peft, config.train.steps)
+        self.config = config.model_copy(update={"peft": self.peft})
         self.output = config.output_dir
         self.tracker = Tracker(self.output if world.is_first else None, config.tracker, config.train.steps)
         self.tokenizer = self._tokenizer()
@@ -130,7 +136,7 @@ class Trainer:
         self.method: PeftMethod = peft_method_from_config(self._seeded(config.peft))
         if self.found is not None:
             self.method.adopt(self.found.document.get("method", {}))
-        elif self.method.surveys:
+        elif self.method.surveys and self.start is None:
             self._survey()
         mapper = self._outline()
         if world.is_first:
@@ -164,6 +170,8 @@ class Trainer:
             assert world.mesh is not None
             models.apply_tensor_parallel(self.base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
         self._share_experts(self.model)
+        if self.start is not None:
+            self.start.check(self.method, self.model, own=self.own_method)
         result_of = _Remember(self.method)
         mapper = inject_peft_and_freeze(result_of, self.model)  # type: ignore[arg-type]
         self.held = holds_all(self.model)
@@ -348,6 +356,8 @@ class Trainer:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._told_to_stop)
         check_replicas(self.params, "at the start", self.world.device)
+        if self.start is not None and self.found is None:
+            self.start.prove(self.model, self._whole())
         before = self.evaluate() if self.held_out else {}
         if before:
             self.tracker.evaluation(self.step, before)
@@ -545,12 +555,13 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must share with the run it continues; layout and length of the run are free."""
         return {
-            "peft": json.loads(self.config.peft.model_dump_json()),
+            "peft": json.loads(self.peft.model_dump_json()),
             "base": self._fingerprint,
             "data": self.batches.fingerprint,
             "batch_size": self.config.data.batch_size,
             "seed": self.config.train.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "adapter": self.start and self.start.digest,
             "quantise": self.config.model.quantise and [self.config.model.quantise, self.config.model.quantise_modules],
         }
 
@@ -591,6 +602,8 @@ class Trainer:
         found = self.found
         if found is None:
             self.tracker.rewind(-1)
+            if self.start is not None:
+                self._begin_with(self.start)
             return
         if found.step > self.config.train.steps:
             raise CheckpointError(
@@ -611,15 +624,26 @@ class Trainer:
         self.tracker.rewind(self.step)
         for key, (was, now) in _changes(found.document["optim"], self._optim()).items():
             self.tracker.say(f"optim.{key} was {was} until here and is {now} from here on")
-        self.tracker.say(f"resumed from {found.path} at step {self.step}")
+        began = "" if self.start is None else f"; it began with {self.start.path}, which is not read again"
+        self.tracker.say(f"resumed from {found.path} at step {self.step}{began}")
+
+    def _begin_with(self, start: Start) -> None:
+        """Puts the file's numbers in the place of the method's starts."""
+        report = start.fill(self.model, self._whole())
+        own = ", which says what is trained" if self.own_method else ""
+        self.tracker.say(f"adapter: starts from {start.path}{own}: {report.tensors} tensors, {size(report.bytes_read)} read by this rank")
+
+    def _whole(self) -> contextlib.AbstractContextManager[Any]:
+        """The model with all its pieces, where this rank has some of them; those of others are on meta."""
+        return contextlib.nullcontext() if self.split is None else self.split.whole()
 
     def _adapter_writer(self) -> Callable[[Path], None]:
         """Copies the adapter, and gives what writes it: PEFT's directory where PEFT has the method, else our own; either is read back
         and compared with the copy before it counts."""
         if self.held:
-            with contextlib.nullcontext() if self.split is None else self.split.whole():
+            with self._whole():
                 return adapter_writer(self.model, base=self.config.model.path)
-        return trained_writer(self.method.compact(self.model, dict(self.params)), self.config.peft)
+        return trained_writer(self.method.compact(self.model, dict(self.params)), self.peft)
 
     def _export(self) -> None:
         """The adapter on its own, read back and compared with the live model before the run says it is done."""
