@@ -296,10 +296,10 @@ def _drawn(
     return [torch.where(kept, xs[0], 0).contiguous(), *(x.masked_fill_(~kept, 0) for x in xs[1:])]
 
 
-# On a CPU a generator has one core, and draws for every element take longer than the products they are for. So there is one tape of 2^20
-# draws, of which round(p 2^20) drop, and a row of a mask is what stands on the tape from a place that is drawn for that row: two reads and a
-# write an element, on all cores. Two elements of a row stand at different places of the tape, and two rows, whatever their layers and
-# times, overlap with a probability of about 2 * width / 2^20, shifted against each other: equal columns meet once in 2^20.
+# On a CPU a generator has one core, and draws for every element take longer than the products they are for. So there is one tape of
+# 2^20 draws, of which round(p 2^20) drop, and a row of a mask is what stands on the tape from a place that is drawn for that row: two
+# reads and a write an element, on all cores. Two elements of a row stand at different places of the tape, and two rows, whatever their
+# layers and times, overlap with a probability of about 2 * width / 2^20, shifted against each other: equal columns meet once in 2^20.
 
 _TAPE = 1 << 20
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
