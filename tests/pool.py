@@ -57,17 +57,25 @@ def _serve(pipe: Any) -> None:
             torch.set_default_dtype(torch.float32)
 
 
+def caches_of_torch() -> list[Any]:
+    """The `lru_cache`s of torch.distributed among the objects that the garbage collector walks over."""
+    caches = (o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper)
+    return [o for o in caches if getattr(o, "__module__", "").startswith("torch.distributed")]
+
+
 def _forget_meshes() -> None:
     """Lets the process groups of a job go: while a cycle or a cache of DTensor's holds a mesh, the threads of its groups live on, and
-    hundreds of them make the next jobs slow."""
+    hundreds of them make the next jobs slow. Cheap, because what the fork server has imported is frozen: the collector walks over what
+    jobs have left, not over 300,000 objects of libraries."""
     import torch
     from torch.distributed.tensor import _redistribute
 
+    from tests.preload import CACHES
+
     _redistribute.clear_redistribute_planner_cache()
     torch._C._clear_DTensor_sharding_propagator_cache()
-    for o in gc.get_objects():
-        if type(o) is functools._lru_cache_wrapper and getattr(o, "__module__", "").startswith("torch.distributed"):
-            o.cache_clear()
+    for cache in [*CACHES, *caches_of_torch()]:
+        cache.cache_clear()
     gc.collect()
 
 
