@@ -11,7 +11,7 @@ from d9d_lora.train import model as models
 from d9d_lora.train.batches import MicroBatch
 from d9d_lora.train.trainer import Trainer
 from d9d_lora.train.world import device_of, join
-from tests.small_run import config_of
+from tests.small_run import config_of, make_assets
 
 
 def trainer_of(assets, output, overrides, row):
@@ -42,3 +42,28 @@ def let_go(*, cycles=False):
     if cycles:
         gc.collect()
     time.sleep(0.03)
+
+
+def mixture(path):
+    """A tiny Qwen3-MoE."""
+    fields = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8, "tie_word_embeddings": False}
+    return make_assets(path, "qwen3_moe", **fields)
+
+
+def of_experts(dtype, **params):
+    """Settings that adapt all of it but the routers."""
+    peft = {"kind": "lora", "target_modules": "all-linear", "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    return {"model__dtype": dtype, "peft": {**peft, "params": {"r": 4, **params}}}
+
+
+def even_routers():
+    """Its routers send as many rows to every expert, as a plan has it."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter as Router
+
+    real = Router.forward
+
+    def forward(self, hidden_states):
+        logits, scores, index = real(self, hidden_states)
+        return logits, scores, torch.arange(index.numel()).view_as(index) % self.num_experts
+
+    return mock.patch.object(Router, "forward", forward)

@@ -185,7 +185,6 @@ RUN = {"peft": {**PEFT, "params": {"r": 4, "alpha": 8, "dropout": 0.1}}, "train_
 LAYOUTS = {
     "fsdp2_tp2": (4, {"parallel": {"tp": 2}}),
     "tp2_sp": (2, {"parallel": {"tp": 2, "sequence_parallel": True}, "checkpoint__every": 0}),
-    "pp2_tp2, recomputed": (4, {"parallel": {"pp": 2, "tp": 2}, "checkpoint__every": 0, "train__activation_checkpointing": True}),
 }
 
 

@@ -3,32 +3,27 @@
 import contextlib
 import os
 import signal
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from d9d_lora import dropout, inject_peft_and_freeze, peft_method_from_config
-from d9d_lora.layers.shared import SharedFactor
 from d9d_lora.methods import adalora
-from d9d_lora.placement import full_of
 from d9d_lora.state import atomic
 from d9d_lora.train import checks, pipeline, stages, trainer
 from d9d_lora.train.config import ParallelConfig
 from tests.small_run import config_of, losses, make_assets, run
+from tests.traced import Ones, alike, close, norms, same, traced
 
 PP = {"parallel__pp": 2}
-ZBV = {**PP, "parallel__schedule": "zbv", "parallel__stages_per_rank": 2}
-LAYOUTS = {
-    "gpipe": (2, {**PP, "parallel__schedule": "gpipe"}),
-    "1f1b": (4, {"parallel__pp": 4}),
-    "interleaved_1f1b": (2, {**PP, "parallel__schedule": "interleaved_1f1b", "parallel__stages_per_rank": 2}),
-    "zero_bubble": (2, {**PP, "parallel__schedule": "zero_bubble"}),
-    "zbv_fsdp2": (4, {**ZBV, "parallel__adapters": "shard"}),
-    "pp2_fsdp2_tp2": (8, {**PP, "parallel__tp": 2}),
+SCHEDULES = {  # the others, and pipelines beside FSDP2, replicas and tensor parallelism: test_pipeline_experts.py
+    "gpipe": {**PP, "parallel__schedule": "gpipe"},
+    "interleaved_1f1b": {**PP, "parallel__schedule": "interleaved_1f1b", "parallel__stages_per_rank": 2},
+    "zero_bubble": {**PP, "parallel__schedule": "zero_bubble"},
 }
 ATTENTION = ["q_proj", "v_proj"]
 METHODS = {
@@ -41,7 +36,6 @@ METHODS = {
         {"kind": "full_tune", "module_name_pattern": ".*norm"},
     ]},
     "last only": {"kind": "lora", "target_modules": ATTENTION, "layers_to_transform": [4], "params": {"r": 2, "alpha": 4}},
-    "experts": {"kind": "lora", "target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"], "params": {"r": 2}},
 }  # fmt: skip
 SHORT = {"train__steps": 2}
 BLIND = {**SHORT, "data__eval_fraction": 0.0}  # without evaluations
@@ -53,77 +47,18 @@ def assets(tmp_path_factory):
     return make_assets(tmp_path_factory.mktemp("assets"), num_hidden_layers=5)
 
 
-def traced(rank, assets, output, overrides):
-    """A run, and what this rank knows of it: the gradients of its last step, and the factors that all stages share, whole."""
-    gradients, shared = {}, {}
-    real = trainer.Trainer._clip
-
-    def clip(self):
-        norm = real(self)
-        gradients.update({n: full_of(p.grad).clone() for n, p in self.params.items() if p.grad is not None})
-        shared.update({n: full_of(m.weight.detach()) for n, m in self.model.named_modules() if isinstance(m, SharedFactor)})
-        return norm
-
-    with mock.patch.object(trainer.Trainer, "_clip", clip):
-        return {**run(rank, assets, output, overrides), "gradients": gradients, "factors": shared}
-
-
 @pytest.fixture(scope="module")
 def one(pool, assets, tmp_path_factory):
     """One process, once for each config: the directory and what it told."""
-    runs = {}
-
-    def of(overrides):
-        key = repr(overrides)
-        if key not in runs:
-            output = tmp_path_factory.mktemp("one")
-            runs[key] = output, pool.run(1, traced, assets, output, overrides)[0]
-        return runs[key]
-
-    return of
+    return partial(Ones(pool, tmp_path_factory), assets)
 
 
-def close(found, expected, tolerance=1e-9):
-    assert len(found) == len(expected)
-    assert max(abs(a - b) / abs(b) for a, b in zip(found, expected)) < tolerance, (found, expected)
-
-
-def norms(summary):
-    return [m["gradient_norm"] for m in summary["metrics"] if "loss" in m]
-
-
-def same(found, expected):
-    """Tensors by name: those of one process, whichever rank holds them, and to the bit those of another rank that does too."""
-    every = {}
-    for part in found:
-        for name, value in part.items():
-            assert torch.equal(every.setdefault(name, value), value), name
-    assert every.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (every[name] - value).abs().max() <= 1e-7 * value.abs().max(), name
-
-
-def alike(path, ranks, one):
-    output, expected = one
-    close(losses(ranks[0]), losses(expected))
-    close(norms(ranks[0]), norms(expected))
-    same([r["gradients"] for r in ranks], expected["gradients"])
-    same([r["factors"] for r in ranks], expected["factors"])
-    assert ranks[0]["after"] == pytest.approx(expected["after"], rel=1e-9)
-    (file,) = (output / "adapter").glob("*.safetensors")
-    same([load_file(path / "adapter" / file.name)], load_file(file))
-    for name in ("adapter_config.json", "method.json"):
-        assert [p.read_bytes() for p in (path / "adapter").glob(name)] == [p.read_bytes() for p in (output / "adapter").glob(name)]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_schedule_and_layout_is_as_one_process(pool, assets, one, tmp_path, layout):
-    world, degrees = LAYOUTS[layout]
-    alike(tmp_path, pool.run(world, traced, assets, tmp_path, {**degrees, **SHORT}), one(SHORT))
+def test_four_stages_are_as_one_process(pool, assets, one, tmp_path):
+    alike(tmp_path, pool.run(4, traced, assets, tmp_path, {"parallel__pp": 4, **SHORT}), one(SHORT))
 
 
 @pytest.mark.parametrize(
-    "method,layout",
+    "method,schedule",
     [
         ("vblora", "zero_bubble"),
         ("adalora", "interleaved_1f1b"),
@@ -132,20 +67,10 @@ def test_every_schedule_and_layout_is_as_one_process(pool, assets, one, tmp_path
         ("last only", "zero_bubble"),
     ],
 )
-def test_what_is_of_all_stages(pool, assets, one, tmp_path, method, layout):
+def test_what_is_of_all_stages(pool, assets, one, tmp_path, method, schedule):
     """Shared banks and bases, one budget, starts that move the base, a tied embedding with an adapter, stages without any."""
-    world, degrees = LAYOUTS[layout]
     peft = {"peft": METHODS[method], **BLIND}
-    alike(tmp_path, pool.run(world, traced, assets, tmp_path, {**degrees, **peft}), one(peft))
-
-
-def test_experts(pool, tmp_path):
-    """Qwen3-MoE, untied, over two stages of two shards of two tensor-parallel ranks."""
-    fields = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8, "num_hidden_layers": 3}
-    assets = make_assets(tmp_path / "assets", "qwen3_moe", tie_word_embeddings=False, **fields)
-    peft = {"peft": METHODS["experts"], **BLIND}
-    one = tmp_path / "one", pool.run(1, traced, assets, tmp_path / "one", peft)[0]
-    alike(tmp_path / "pp", pool.run(8, traced, assets, tmp_path / "pp", {**PP, "parallel__tp": 2, **peft}), one)
+    alike(tmp_path, pool.run(2, traced, assets, tmp_path, {**SCHEDULES[schedule], **peft}), one(peft))
 
 
 # -- checkpoints, bytes, recomputation, packing, precision ---------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from d9d_lora.plan.ledger import Ledger
 from d9d_lora.plan.main import main
 from d9d_lora.plan.rehearsal import Rehearsal, depth_of, fake_world, ledger_of, of_shape, rehearse
 from d9d_lora.train import replicated
-from tests.counted import held_by, let_go, trainer_of
+from tests.counted import even_routers, held_by, let_go, mixture, of_experts, trainer_of
 from tests.small_run import config_of, make_assets
 
 ROW = 24
@@ -128,43 +128,29 @@ def test_a_rehearsal_counts_what_a_real_run_does(pool, assets, tmp_path, layout)
         assert (scatters, real["once"]) == ((0, 1 + (config.parallel.tp > 1)) if plan.replicated else (blocks, 0))
 
 
-def mixture(path):
-    return make_assets(path, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
-
-
-def of_experts(**params):
-    peft = {"kind": "lora", "target_modules": "all-linear", "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    return {"model__dtype": "bfloat16", "peft": {**peft, "params": {"r": 4, **params}}}
-
-
 def test_a_rehearsal_of_experts_under_tensor_parallelism(pool, tmp_path):
-    as_really(pool, mixture(tmp_path), tmp_path, {"parallel__tp": 2, **of_experts()})
+    as_really(pool, mixture(tmp_path), tmp_path, {"parallel__tp": 2, **of_experts("float32")})
 
 
 def evenly(rank, *args):
-    """`really`, with a router that sends as many rows to every expert."""
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter as Router
-
-    real = Router.forward
-
-    def forward(self, hidden_states):
-        logits, scores, index = real(self, hidden_states)
-        return logits, scores, torch.arange(index.numel()).view_as(index) % self.num_experts
-
-    with mock.patch.object(Router, "forward", forward):
+    with even_routers():
         return really(rank, *args)
 
 
 SHARED_OUT = {
-    "sharded, one outer factor": ({"parallel__adapters": "shard", "train__activation_checkpointing": True}, {"experts_shared_outer": True}),
-    "tp": ({"parallel__tp": 2}, {}),
+    "sharded, one outer factor": (
+        "bfloat16",
+        {"parallel__adapters": "shard", "train__activation_checkpointing": True},
+        {"experts_shared_outer": True},
+    ),
+    "tp": ("float64", {"parallel__tp": 2}, {}),
 }
 
 
 @pytest.mark.parametrize("case", SHARED_OUT)
 def test_a_rehearsal_of_experts_that_are_shared_out(pool, tmp_path, case):
-    options, params = SHARED_OUT[case]
-    plan = as_really(pool, mixture(tmp_path), tmp_path, {"parallel__ep": 2, **of_experts(**params), **options}, run=evenly)
+    dtype, options, params = SHARED_OUT[case]
+    plan = as_really(pool, mixture(tmp_path), tmp_path, {"parallel__ep": 2, **of_experts(dtype, **params), **options}, run=evenly)
     assert plan.last["forward", "ep", "all_to_all"] > 0
 
 

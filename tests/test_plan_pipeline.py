@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from d9d_lora.plan.main import main
 from d9d_lora.plan.rehearsal import depth_of, ledger_of, rehearse, rehearse_ranks
-from tests.counted import held_by, let_go, trainer_of
+from tests.counted import even_routers, held_by, let_go, mixture, of_experts, trainer_of
 from tests.small_run import config_of, make_assets
 
 ROW, STEPS = 24, 3
@@ -16,6 +16,9 @@ LAYOUTS = {
     "1f1b_tp2": {"parallel__pp": 2, "parallel__tp": 2, "data__batch_size": 4},
     "zbv_fsdp2": {"parallel__pp": 2, "parallel__schedule": "zbv", "parallel__stages_per_rank": 2, "parallel__adapters": "shard"},
 }
+
+
+MIXTURES = {"1f1b_ep2": {"parallel__pp": 2, "parallel__ep": 2, **of_experts("float32")}}
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +34,10 @@ def really(rank, assets, output, overrides):
     with ledger_of(trainer) as ledger:
 
         def forward(stage, *args):
+            let_go()
             ledger.phase, before = "forward", ledger.live - ledger.gathered
             result = real[0](stage, *args)
+            let_go()
             kept.setdefault(stage, []).append(ledger.live - ledger.gathered - before)
             return result
 
@@ -69,21 +74,30 @@ def without_phase(step):
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def evenly(rank, *args):
+    with even_routers():
+        return really(rank, *args)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *MIXTURES])
 def test_a_rehearsal_counts_what_each_rank_of_a_pipeline_does(pool, assets, tmp_path, layout):
-    overrides = LAYOUTS[layout]
+    overrides = (LAYOUTS | MIXTURES)[layout]
+    assets = mixture(tmp_path) if layout in MIXTURES else assets
     config = config_of(assets, tmp_path, **overrides)
     shape = AutoConfig.from_pretrained(assets / "model")
     plans = rehearse_ranks(config, shape, 4, ROW, depth_of(config, shape))
-    ranks = pool.run(4, really, assets, tmp_path, overrides)
+    ranks = pool.run(4, evenly, assets, tmp_path, overrides)
     for plan, real in zip(plans, (ranks[0], ranks[2]), strict=True):
         for name in ("base", "adapters", "optimiser", "unit", "read", "wire"):
             assert getattr(plan, name) == real[name], name
         assert plan.kept == pytest.approx(real["kept"], abs=64)
-        hidden = ROW * shape.hidden_size * 8
+        hidden = ROW * shape.hidden_size * getattr(torch, config.model.dtype).itemsize
         assert plan.peak == pytest.approx(real["peak"], abs=5 * hidden)  # torch's schedules hold some a little longer
         assert without_phase(plan.step) == without_phase(real["step"])
-    assert sum(p.base for p in plans) == plans[0].base_all // 2
+    if layout not in MIXTURES:  # where all but experts is on both ranks of ep
+        assert sum(p.base for p in plans) == plans[0].base_all // 2
+    if layout in MIXTURES:
+        assert plans[1].step["backward", "ep", "all_to_all"] > plans[1].step["forward", "pp", "send"] == 0
 
 
 def test_blocks_of_a_few_tell_of_many(assets, tmp_path):

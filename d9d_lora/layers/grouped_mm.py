@@ -174,9 +174,9 @@ def rows_by(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     if weight.ndim == 2:
         return x @ weight
     if operator_takes(x, *weight.shape[1:]):
-        return _OPERATOR(x.contiguous(), weight, offs=groups.ends)  # type: ignore[no-any-return]
+        return _product(x.contiguous(), weight, groups, len(x), weight.shape[2])
     y = x.new_zeros(len(x), weight.shape[2])
-    for e, rows in enumerate(_spans(groups)):
+    for e, rows in enumerate(_spans(groups, len(x))):
         torch.mm(x[rows], weight[e], out=y[rows])
     return y
 
@@ -184,8 +184,15 @@ def rows_by(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
 def over_rows(x: Tensor, y: Tensor, groups: Groups) -> Tensor:
     """x[N, K], y[N, M] -> [E, K, M]: the sum of outer products over each expert's rows."""
     if operator_takes(x, x.shape[1], y.shape[1]):
-        return _OPERATOR(x.contiguous().mT, y.contiguous(), offs=groups.ends)  # type: ignore[no-any-return]
-    return torch.stack([x[rows].mT @ y[rows] for rows in _spans(groups)])
+        return _product(x.contiguous().mT, y.contiguous(), groups, len(groups.ends), x.shape[1], y.shape[1])
+    return torch.stack([x[rows].mT @ y[rows] for rows in _spans(groups, len(x))])
+
+
+def _product(a: Tensor, b: Tensor, groups: Groups, *shape: int) -> Tensor:
+    """torch's grouped product, of this shape. Of fake tensors (a rehearsal) it takes bfloat16 alone; all it makes is the result."""
+    if isinstance(a, FakeTensor):
+        return a.new_empty(shape)
+    return _OPERATOR(a, b, offs=groups.ends)  # type: ignore[no-any-return]
 
 
 def _of(weight: Tensor, x: Tensor, y: Tensor, groups: Groups) -> Tensor:
@@ -204,6 +211,8 @@ def operator_takes(x: Tensor, *sizes: int) -> bool:
     return all(size * x.element_size() % _BYTES == 0 for size in sizes)
 
 
-def _spans(groups: Groups) -> Sequence[slice]:
-    ends = groups.ends.tolist()
+def _spans(groups: Groups, rows: int) -> Sequence[slice]:
+    """The rows of each expert; where they have no values (a rehearsal), as many for every one."""
+    n = len(groups.ends)
+    ends = [rows * (e + 1) // n for e in range(n)] if isinstance(groups.ends, FakeTensor) else groups.ends.tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends)]

@@ -135,8 +135,6 @@ class Rehearsal(Trainer):
         self.method = peft_method_from_config(self._seeded(self.config.peft))
         if self.method.surveys:
             raise ValueError("peft: ranks of a start from data (eva, corda) follow from the data; plan with init_lora_weights=true")
-        if config.parallel.pp > 1 and config.parallel.ep > 1:
-            raise ValueError("parallel.ep in a pipeline was not held against a real run yet; plan with parallel.pp=1")
         if config.train.compile:
             raise ValueError("a compiled run cannot be rehearsed; plan with train.compile=false, of which it needs no more")
         self._outline()
@@ -195,7 +193,8 @@ class Rehearsal(Trainer):
             for traffic in (counts.micro, counts.last):
                 traffic.update(between_stages(world.parallel, world.pp_rank, self._hidden(batch)))
         counts.peak += counts.base + counts.adapters + counts.optimiser
-        counts.paper = on_paper(self, row)
+        if self.split is None:
+            counts.paper = on_paper(self, row)
         return counts
 
     def _sum(self) -> None:

@@ -131,10 +131,8 @@ class ParallelConfig(Strict):
         for axis, mend in (("cp", "cp=1"), ("sequence_parallel", "sequence_parallel=false")):
             if getattr(self, axis) > 1 or getattr(self, axis) is True:
                 raise ValueError(f"{asked}{axis}: not proven yet; give {mend}")
-        if self.pp > 1 and self.schedule != "1f1b":
-            raise ValueError(f"{asked}schedule={self.schedule}: not proven yet; give schedule=1f1b")
-        if self.tp > 1 and (beside := [axis for axis in ("pp", "dp_replicate") if getattr(self, axis) > 1]):
-            raise ValueError(f"{asked}tp and {beside[0]}: not proven yet, all three; leave one of them 1")
+        if self.dp_replicate > 1 and (beside := [axis for axis in ("tp", "pp") if getattr(self, axis) > 1]):
+            raise ValueError(f"{asked}dp_replicate and {beside[0]}: not proven yet, all three; leave one of them 1")
 
     def _check_context(self) -> None:
         if self.cp == 1 and self.cp_attention != "auto":
