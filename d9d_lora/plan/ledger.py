@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -101,7 +102,7 @@ class Ledger(TorchDispatchMode):
         if (kind_and_size := collective(func, args, result)) is not None:
             self._collective(*kind_and_size, args)
         for t in tree_leaves(result):
-            if isinstance(t, Tensor):
+            if isinstance(t, Tensor) and not isinstance(t, AsyncCollectiveTensor):  # that one has no memory of its own
                 self._note(t.untyped_storage())
         return result
 
