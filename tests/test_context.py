@@ -24,7 +24,7 @@ VOCAB, ROWS, LENGTH = 50, 2, 21  # of which no 2 P is a divisor: rows are padded
 FAMILIES = {
     "llama": {"num_key_value_heads": 4},
     "mistral": {"num_key_value_heads": 4, "sliding_window": 7},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 8, "resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0},
+    "gpt2": {"n_positions": LENGTH, "n_embd": 32, "n_layer": 2, "n_head": 8, "resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0},
 }
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 40}
 

@@ -97,7 +97,13 @@ def test_it_keeps_x_and_two_inner_tensors_and_computes_no_product_twice():
     assert extra == 3 * 2 * N * R * (3 * H + 3 * F)
 
 
-@pytest.mark.parametrize("reason", ["a hook", "a hook of the activation", "DoRA", "a bias added outside", "no backward", "another module"])
+REASONS = [
+    "a hook", "a hook of the backward", "a hook of the activation",
+    "DoRA", "a bias added outside", "no backward", "another module", "a trained weight",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REASONS)
 def test_it_gives_way(together, reason):
     model, alone = both(
         {"r": R, "use_dora": reason == "DoRA"}, quantised=reason == "a bias added outside", bias=reason == "a bias added outside"
@@ -105,6 +111,10 @@ def test_it_gives_way(together, reason):
     for (block,) in (model, alone):
         if reason == "a hook":
             block.up.register_forward_hook(lambda m, args, y: 2 * y)
+        if reason == "a trained weight":
+            block.down.base.weight.requires_grad_()
+        if reason == "a hook of the backward":
+            block.up.register_full_backward_hook(lambda m, dx, dy: (2 * dx[0],))
         if reason == "a hook of the activation":
             block.act.register_forward_pre_hook(lambda m, args: (2 * args[0],))
         if reason == "another module":

@@ -99,7 +99,7 @@ def doubled(module, args):
     return (2 * args[0],)
 
 
-@pytest.mark.parametrize("reason", ["another x", "removed", "another scale", "trained base", "evaluation of one"])
+@pytest.mark.parametrize("reason", ["another x", "removed", "another scale", "no mask", "trained base", "evaluation of one"])
 def test_a_layer_whose_x_or_work_is_another_computes_for_itself(reason):
     model, alone = both({"r": 2, "dropout": 0.5})
     for (block,) in (model, alone):
@@ -109,6 +109,8 @@ def test_a_layer_whose_x_or_work_is_another_computes_for_itself(reason):
             block.k = block.k.base
         elif reason == "another scale":
             block.k.delta = replace(block.k.delta, alpha=99.0)
+        elif reason == "no mask":  # as of another method of a stack
+            block.k.dropout.p = 0.0
         elif reason == "trained base":
             block.k.base.weight.requires_grad_()
         else:
@@ -154,13 +156,18 @@ def test_masks_are_one_where_layers_do_not_compute_together():
     assert keys["q"] == keys["k"] == keys["v"] != keys["o"]
 
 
-def test_an_output_that_nobody_fetched_is_not_handed_out_in_a_later_step():
-    model, alone = both({"r": 2})
+@pytest.mark.parametrize("later", ["another factor", "another time"])
+def test_an_output_that_nobody_fetched_is_not_handed_out_in_a_later_step(later):
+    model, alone = both({"r": 2, "dropout": 0.5})
     x = torch.randn(5, 16, dtype=torch.float64)
     for (block,) in (model, alone):
+        block.k.dropout.clock.set(1)
         block.q(x)
-        with torch.no_grad():
-            block.k.lora_B.weight.mul_(2)
+        if later == "another time":
+            block.k.dropout.clock.set(2)
+        else:
+            with torch.no_grad():
+                block.k.lora_B.weight.mul_(2)
     assert torch.allclose(model[0].k(x), alone[0].k(x))
 
 

@@ -119,7 +119,9 @@ class ContextParallel:
         if packed is None:
             packed = position_ids is not None and bool((positions[:, 1:] == 0).any())
         if more:
+            last = positions[:, -1:]
             input_ids, positions, targets = lengthened(input_ids, positions, targets, more, packed=packed, pad_id=pad_id)
+            positions = positions if packed else positions.minimum(last)  # a table of learned positions may end where the row ends
         inputs = {"input_ids": self.share(input_ids), "position_ids": self.share(positions), "use_cache": False}
         if packed:
             inputs["attention_mask"] = (positions == 0).cumsum(-1)[:, None, None]  # [Note: documents] in `attention`
