@@ -184,6 +184,16 @@ def test_what_must_break_it_does(pool):
         assert apart(found, expected) > 1e-2, m
 
 
+def test_masks_are_those_of_the_batch_that_asks():
+    attention = SharedAttention.__new__(SharedAttention)  # without ranks
+    attention.parts, attention._documents, attention._masks = 2, None, {}
+    batches = [torch.tensor(d)[None, None, None] for d in ([1, 1, 1, 1], [1, 1, 2, 2])]
+    for documents in (*batches, *batches):  # both are alive, as where one is computed again
+        mask = attention._mask(2, slice(0, 4), 2, None, documents, documents.device)
+        alone = documents[0, 0, 0, 2] == 2
+        assert mask[0, 0].tolist() == [[not alone, not alone, True, False], [not alone, not alone, True, True]]
+
+
 def test_degrees_that_do_not_fit_are_refused_with_those_that_do():
     with pytest.raises(ValueError, match=r"cp=3 does not divide the 8 attention and 4 key-value heads.*: \[1, 2, 4\]"):
         choose("ulysses", 8, 4, 3, "cpu")
