@@ -190,18 +190,19 @@ def assets(tmp_path_factory):
     return make_assets(tmp_path_factory.mktemp("assets"))
 
 
-@pytest.mark.parametrize("peft", [EVA, CORDA, DORA], ids=["eva", "corda", "dora from eva"])
-def test_a_run_that_starts_from_data_is_the_same_on_layouts_and_resumes(pool, assets, tmp_path, peft):
+# Eight rows a step where the loss must be seen to fall in six steps: of four they differ too much for DoRA.
+@pytest.mark.parametrize("peft,rows", [(EVA, 4), (CORDA, 4), (DORA, 8)], ids=["eva", "corda", "dora from eva"])
+def test_a_run_that_starts_from_data_is_the_same_on_layouts_and_resumes(pool, assets, tmp_path, peft, rows):
     from tests.small_run import losses, run
 
-    overrides = {"peft": peft}
+    overrides = {"peft": peft, "data__batch_size": rows}
     (one,) = pool.run(1, run, assets, tmp_path / "one", overrides)
     assert losses(one)[-1] < losses(one)[0]
-    for name, degrees in (("fsdp2", {}), ("tp2", {"parallel__tp": 2})):
-        found = pool.run(2, run, assets, tmp_path / name, {**overrides, **degrees})[0]
-        assert max(abs(a - b) for a, b in zip(losses(found), losses(one), strict=True)) < 1e-6
     part = {**overrides, "train__steps": 6, "checkpoint__every": 3, "checkpoint__keep": 9}
     whole = pool.run(2, run, assets, tmp_path / "whole", part)[0]
+    tp2 = pool.run(2, run, assets, tmp_path / "tp2", {**overrides, "parallel__tp": 2})[0]
+    for found in (whole, tp2):
+        assert max(abs(a - b) for a, b in zip(losses(found), losses(one), strict=True)) < 1e-6
     third = next(p for p in (tmp_path / "whole/checkpoints").iterdir() if p.name.endswith("3"))
     again = {**part, "checkpoint__resume": str(third)}
     resumed = pool.run(2, run, assets, tmp_path / "again", again)[0]
