@@ -7,6 +7,7 @@
 `launch/bench.py` prints them, and tests compare them with what the design promises.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -123,3 +124,12 @@ def is_plain(types: Any) -> bool:
 
 
 __all__ = ["Traffic", "collective", "flops", "is_plain", "saved_bytes", "traffic"]
+
+
+def max_memory(device: torch.device) -> int:
+    """Peak bytes of this process: of the accelerator, or resident on the CPU."""
+    if device.type != "cpu":
+        return int(torch.accelerator.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)

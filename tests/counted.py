@@ -25,7 +25,7 @@ def trainer_of(assets, output, overrides, row):
     positions = torch.arange(row).expand_as(ids)
     batches = [MicroBatch(ids, ids, positions, i, 0, tokens=ids.numel()) for i in range(trainer.batches.accumulation)]
     trainer.batches.step = lambda consumed: batches
-    trainer.cuts_logits = False
+    trainer.loss.cuts_logits = False
     return trainer, reports[0].bytes_read
 
 

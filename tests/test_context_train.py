@@ -125,7 +125,7 @@ def right_rows(rank, assets, output):
 
     trainer.model.eval()
     found = [int(n) for n in trainer.loss(batch, counts_up)[1:]]
-    trainer.context.sum = lambda rows: rows
+    trainer.built.context.sum = lambda rows: rows
     return found, [int(n) for n in trainer.loss(batch, counts_up)[1:]]
 
 

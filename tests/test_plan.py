@@ -42,7 +42,7 @@ def really(rank, assets, output, overrides):
     trainer, read = trainer_of(assets, output, overrides, ROW)
     found = {"read": read}
     with ledger_of(trainer) as ledger:
-        loss, reduce = trainer.loss, trainer.sum.reduce
+        loss, reduce = trainer.loss, trainer.built.sum.reduce
 
         def forward(batch):
             let_go()
@@ -61,7 +61,7 @@ def really(rank, assets, output, overrides):
             found["unit"] = ledger.largest
             ledger.phase = "after"
 
-        trainer.loss, trainer.sum.reduce = forward, together
+        trainer.loss, trainer.built.sum.reduce = forward, together
         kept: list[int] = []
         peaks: list[int] = []
         for _ in range(STEPS):

@@ -30,7 +30,7 @@ def really(rank, assets, output, overrides):
     """What the plan tells, counted in the steps of a real trainer."""
     trainer, read = trainer_of(assets, output, overrides, ROW)
     pipe, kept, peaks = trainer.pipeline, {}, []
-    real = pipe.forward, pipe._backward_begins, trainer.sum.reduce
+    real = pipe.forward, pipe._backward_begins, trainer.built.sum.reduce
     with ledger_of(trainer) as ledger:
 
         def forward(stage, *args):
@@ -50,7 +50,7 @@ def really(rank, assets, output, overrides):
             ledger.phase = "sum"
             real[2]()
 
-        pipe.forward, pipe._backward_begins, trainer.sum.reduce = forward, backward, together
+        pipe.forward, pipe._backward_begins, trainer.built.sum.reduce = forward, backward, together
         for _ in range(STEPS):
             let_go(cycles=True)
             ledger.mark()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from d9d_lora import placement
 from d9d_lora.measure import traffic
 from d9d_lora.placement import local_of
-from d9d_lora.train import checks, replicated, trainer
+from d9d_lora.train import build, checks, replicated, trainer
 from tests.small_run import config_of, losses, make_assets, run
 
 SHARD, WHOLE = {"parallel__adapters": "shard"}, {"parallel__adapters": "replicate"}  # "auto" leaves such small ones whole
@@ -351,17 +351,17 @@ def test_mutation_the_norm_of_the_local_shard(pool, assets, one, tmp_path, layou
 
 def large_ones_stay_sharded(rank, assets, output, overrides):
     """A run in which a matrix trained whole is too large to be replicated; which parameters lie on which axes, and the run."""
-    real, small, placed = trainer.Trainer._collect, replicated.SMALL, {}
+    real, small, placed = build.Built.collect, replicated.SMALL, {}
 
     def collect(self):
         real(self)
         placed.update({n: getattr(getattr(p, "device_mesh", None), "mesh_dim_names", ()) for n, p in self.params.items()})
 
-    trainer.Trainer._collect, replicated.SMALL = collect, 1 << 10
+    build.Built.collect, replicated.SMALL = collect, 1 << 10
     try:
         return placed, run(rank, assets, output, overrides)
     finally:
-        trainer.Trainer._collect, replicated.SMALL = real, small
+        build.Built.collect, replicated.SMALL = real, small
 
 
 def test_large_matrices_trained_whole_stay_sharded(pool, assets, tmp_path):

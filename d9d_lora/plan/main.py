@@ -54,6 +54,8 @@ def plan(arguments: Sequence[str]) -> None:
     from d9d_lora.plan import rehearsal, report
 
     shape = _shape(config, own.get("shape"))
+    if config.peft is None:
+        config = _with_the_adapters_method(config, shape)
     row = config.data.seq_len if config.data.path == NONE else _look_at_data(config)
     depth = rehearsal.depth_of(config, shape)
     plans, refused = [], []
@@ -122,6 +124,18 @@ def _shape(config: Any, name: str | None) -> Any:
         return AutoConfig.from_pretrained(config.model.path)
     except OSError as error:
         raise FileNotFoundError(f"model.path={config.model.path}: no config.json there, nor on the hub ({error})") from error
+
+
+def _with_the_adapters_method(config: Any, shape: Any) -> Any:
+    """For `peft=from_adapter`; layers are named by the whole model, so that their names hold for a few of its blocks."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from d9d_lora.train.start import Start, with_method
+
+    with torch.device("meta"):
+        bare = None if shape is None else AutoModelForCausalLM.from_config(shape)
+    return with_method(config, Start(config.model), bare)
 
 
 def _look_at_data(config: Any) -> int:

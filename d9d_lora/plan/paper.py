@@ -50,7 +50,7 @@ def on_paper(rehearsal: "Rehearsal", row: int) -> Counter[Key]:
                 found["backward", "dp_shard", "reduce_scatter"] += whole if p.requires_grad else 0
             if parallel.dp_replicate > 1:
                 found["backward", "dp_replicate", "all_reduce"] += whole // parallel.shards if p.requires_grad else 0
-    parts = {id(p) for p, _ in rehearsal.sum._in_parts()}
+    parts = {id(p) for p, _ in rehearsal.built.sum._in_parts()}
     shards = "dp_shard" if parallel.dp_shard > 1 or parallel.cp == world.size else "cp"  # the name of a group of ranks is one
     data = "dp" if min(parallel.dp_replicate, parallel.shards) > 1 else shards if parallel.shards > 1 else "dp_replicate"
     for p in (p for p in rehearsal.params.values() if not is_of_own_experts(p)):
@@ -58,12 +58,13 @@ def on_paper(rehearsal: "Rehearsal", row: int) -> Counter[Key]:
         axes = [data] * over_data + ["tp"] * (id(p) in parts)
         if axes:
             found["sum", axes[0] if len(axes) == 1 else "world", "all_reduce"] += local_of(p).nbytes + p.element_size() * over_data
-    here = row if rehearsal.context is None else -(-row // rehearsal.context.row_multiple) * rehearsal.context.row_multiple // parallel.cp
+    context = rehearsal.built.context
+    here = row if context is None else -(-row // context.row_multiple) * context.row_multiple // parallel.cp
     if parallel.tp > 1 and not parallel.sequence_parallel:
         found.update(_tensor_parallel(rehearsal, here))
     found.update(experts_on_paper(rehearsal, here))
-    if rehearsal.context is not None:
-        found.update(_context_parallel(rehearsal, here, rehearsal.context.kind))
+    if context is not None:
+        found.update(_context_parallel(rehearsal, here, context.kind))
     return Counter({k: v for k, v in found.items() if v})
 
 
@@ -82,7 +83,7 @@ def _tensor_parallel(rehearsal: "Rehearsal", row: int) -> dict[Key, int]:
     data = rehearsal.config.data
     config: Any = rehearsal.model.config
     config = config.get_text_config()
-    size = rehearsal.dtype.itemsize
+    size = rehearsal.built.dtype.itemsize
     bsh = data.micro_batch_size * row * config.hidden_size * size
     blocks = config.num_hidden_layers
     regions, first, routed = 2 * blocks, 1, 0
@@ -111,7 +112,7 @@ def _context_parallel(rehearsal: "Rehearsal", n: int, kind: str) -> dict[Key, in
     config = config.get_text_config()
     heads, kv_heads = heads_of(config, parallel.tp)
     width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = config.num_hidden_layers * rehearsal.config.data.micro_batch_size * n * width * rehearsal.dtype.itemsize
+    each = config.num_hidden_layers * rehearsal.config.data.micro_batch_size * n * width * rehearsal.built.dtype.itemsize
     if kind == "ulysses":
         bytes_ = each * 2 * (heads + kv_heads)
         return {("forward", "cp", "all_to_all"): bytes_, ("backward", "cp", "all_to_all"): bytes_ * (1 + recomputed)}

@@ -41,7 +41,7 @@ def experts_on_paper(rehearsal: "Rehearsal", row: int) -> Counter[Key]:
                 found["backward", "efsdp", "reduce_scatter"] += whole if p.requires_grad else 0
             if parallel.dp_replicate > 1:
                 found["backward", "dp_replicate", "all_reduce"] += whole // shards if p.requires_grad else 0
-    parts = {id(p) for p, _ in rehearsal.sum._in_parts()}
+    parts = {id(p) for p, _ in rehearsal.built.sum._in_parts()}
     same = [axis for axis, n in (("dp_replicate", parallel.dp_replicate), ("efsdp", shards)) if n > 1]
     for p in rehearsal.params.values():
         if is_of_own_experts(p) and not is_over_data(p):
@@ -71,7 +71,7 @@ def _rows(rehearsal: "Rehearsal", row: int) -> Counter[Key]:
     data, parallel = rehearsal.config.data, rehearsal.world.parallel
     config: Any = rehearsal.model.config
     config = config.get_text_config()
-    rows = data.micro_batch_size * row * config.num_experts_per_tok * config.hidden_size * rehearsal.dtype.itemsize
+    rows = data.micro_batch_size * row * config.num_experts_per_tok * config.hidden_size * rehearsal.built.dtype.itemsize
     order = {id(m): i for i, m in enumerate(rehearsal.model.modules())}
     trained = [order[id(m)] for m in rehearsal.model.modules() for p in m.parameters(recurse=False) if p.requires_grad]
     found: Counter[Key] = Counter()

@@ -39,14 +39,15 @@ from d9d_lora.placement import local_of
 from d9d_lora.plan.ledger import Key, Ledger
 from d9d_lora.plan.paper import on_paper
 from d9d_lora.quant.linear import NF4Linear
-from d9d_lora.registry import peft_method_from_config
 from d9d_lora.train import model as models
 from d9d_lora.train.batches import MicroBatch, check_batch_size
+from d9d_lora.train.build import Built, of_length
 from d9d_lora.train.config import ParallelConfig, RunConfig
+from d9d_lora.train.loss import Loss
 from d9d_lora.train.pipeline import Pipeline, between_stages, most_kept, stages_here
 from d9d_lora.train.replicated import decide
 from d9d_lora.train.stages import Split, cut
-from d9d_lora.train.trainer import Trainer, of_length
+from d9d_lora.train.trainer import Trainer
 from d9d_lora.train.world import MESH_AXES, World
 from d9d_lora.walk import adapted_layers, adapter_tensors
 
@@ -123,21 +124,19 @@ class Counts:
         return replace(self, **values)
 
 
-class Rehearsal(Trainer):
-    """A trainer without data, files and weights."""
+class Rehearsal:
+    """The trainer's build and loss without data, files and weights."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        self.config = config.model_copy(update={"peft": of_length(config.peft, config.train.steps)})
+        self.config = config = config.model_copy(update={"peft": of_length(config.peft, config.train.steps)})
         self.world = world
-        self.dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-        self.found = self.start = None
-        self.pad_id = 0
-        self.method = peft_method_from_config(self._seeded(self.config.peft))
-        if self.method.surveys:
+        self.built = Built(config, world, torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype))
+        if self.built.method.surveys:
             raise ValueError("peft: ranks of a start from data (eva, corda) follow from the data; plan with init_lora_weights=true")
         if config.train.compile:
             raise ValueError("a compiled run cannot be rehearsed; plan with train.compile=false, of which it needs no more")
-        self._outline()
+        self.built.outline()
+        self.model, self.split = self.built.model, self.built.split
         if any(layer.delta.moves_base for layer in adapted_layers(self.model)):
             raise ValueError(
                 "peft: a start that moves the base (pissa, olora, loftq) keeps its factors beside the trained ones; plan with "
@@ -153,13 +152,15 @@ class Rehearsal(Trainer):
         accumulation = data.batch_size // (data.micro_batch_size * world.dp_size)
         counts = Counts(world.size, accumulation, data.batch_size * row)
         counts.pp_rank = None if self.split is None else world.pp_rank
-        counts.replicated, counts.whole, counts.cut = self.choice.replicate, self.choice.whole, self.choice.cut
+        counts.replicated, counts.whole, counts.cut = self.built.choice.replicate, self.built.choice.whole, self.built.choice.cut
         with _fake(packed=data.packing):
-            models.materialise(self.base, CPU)
+            models.materialise(self.built.base, CPU)
             for layer in adapted_layers(self.model):
                 layer.started = True  # without values: there are none here
-            self._collect()
-            self.cuts_logits = False  # which positions have a target is not known here: all of them
+            self.built.collect()
+            self.params = self.built.params
+            self.loss = Loss(self.built, pad_id=0)
+            self.loss.cuts_logits = False  # which positions have a target is not known here: all of them
             self.model.train()
             self._hold(counts)
             ids = torch.zeros(data.micro_batch_size, row, dtype=torch.int64)
@@ -198,7 +199,7 @@ class Rehearsal(Trainer):
         return counts
 
     def _sum(self) -> None:
-        self.sum.reduce()
+        self.built.sum.reduce()
         if self.split is not None:
             self.pipeline.sum_shared()
 
@@ -210,7 +211,7 @@ class Rehearsal(Trainer):
         """What `Trainer._connect` does, but for what asks other ranks; and what comes from them."""
         assert self.world.mesh is not None
         parallel = self.world.parallel
-        self.pipeline = Pipeline(split, parallel, self.world.mesh, CPU, begin=lambda *_: None, score=self.loss, around=self._autocast)
+        self.pipeline = Pipeline(split, parallel, self.world.mesh, CPU, begin=lambda *_: None, score=self.loss, around=self.loss.autocast)
         shape = (*batch.input_ids.shape, self.pipeline.width)
         self._given = {s: torch.empty(shape, dtype=self.pipeline.dtype, requires_grad=True) for s in split.here}
         self._gradient = torch.empty(shape, dtype=self.pipeline.dtype)
@@ -219,7 +220,7 @@ class Rehearsal(Trainer):
 
     def _microbatch(self, ledger: Ledger, batch: MicroBatch, last: bool, stage: int | None = None) -> int:
         """As in `Trainer.train_step`, of one stage if there are some; the bytes that the forward keeps, what FSDP2 has gathered apart."""
-        for m in self.fsdp:
+        for m in self.built.fsdp:
             m.set_requires_gradient_sync(last, recurse=False)
         before = ledger.live - ledger.gathered
         ledger.phase = "forward"
@@ -240,7 +241,7 @@ class Rehearsal(Trainer):
         """What is there all the time."""
         own = adapter_tensors(self.model)
         base = [p for n, p in self.model.named_parameters() if n not in own and not p.requires_grad]
-        trained = [*self.params.values(), *self.method.state(self.model).values()]
+        trained = [*self.params.values(), *self.built.method.state(self.model).values()]
         counts.base, counts.adapters = sum(map(bytes_of, base)), sum(map(bytes_of, trained))
         counts.base_all, counts.adapters_all = (sum(copies(p, self.world) * p.nbytes for p in ps) for ps in (base, trained))
         with contextlib.nullcontext() if self.split is None else self.split.whole():
@@ -252,13 +253,13 @@ class Rehearsal(Trainer):
         counts.read, counts.read_all = sum(local_of(p).numel() for p in read), sum(copies(p, self.world) * p.numel() for p in read)
 
 
-def ledger_of(trainer: Trainer) -> Ledger:
+def ledger_of(run: Trainer | Rehearsal) -> Ledger:
     """A ledger that knows the trainer's groups of ranks: what FSDP2 shards over is `dp_shard`, whatever axes it is made of."""
-    world = trainer.world
+    world = run.world
     first = {}
-    if trainer.context is not None and world.mesh is not None:
-        first = {"dp_shard": models.fsdp_mesh(world.mesh, world.parallel).get_group(-1), "cp": trainer.context.group}
-    return Ledger(world.mesh, {"dp": trainer.groups["data"], **world.expert_axes()}, first=first)
+    if run.built.context is not None and world.mesh is not None:
+        first = {"dp_shard": models.fsdp_mesh(world.mesh, world.parallel).get_group(-1), "cp": run.built.context.group}
+    return Ledger(world.mesh, {"dp": run.built.groups["data"], **world.expert_axes()}, first=first)
 
 
 def bytes_of(p: Tensor) -> int:
