@@ -84,7 +84,7 @@ def collectives(rank, assets, output, layout, adapters):
     trainer, _ = trainer_of(assets, output, {**SHORT, **layout, "peft": peft}, row=24)
     trainer.train_step()
     with ledger_of(trainer) as ledger:
-        reduce, clip = trainer.sum.reduce, trainer._clip
+        reduce, clip = trainer.built.sum.reduce, trainer._clip
 
         def summed():
             ledger.phase = "sum"
@@ -94,7 +94,7 @@ def collectives(rank, assets, output, layout, adapters):
             ledger.phase = "after"
             return clip()
 
-        ledger.phase, trainer.sum.reduce, trainer._clip = "step", summed, clipped
+        ledger.phase, trainer.built.sum.reduce, trainer._clip = "step", summed, clipped
         trainer.train_step()
     return [{k: n for k, n in found.items() if k[0] != "after"} for found in (ledger.count, ledger.traffic)]
 

@@ -159,7 +159,7 @@ def test_a_few_blocks_tell_of_many(assets, tmp_path):
     config = config_of(assets, tmp_path, parallel__tp=2)
     assert depth_of(config, shape) == 5
     with of_shape(config, shape, 4) as four, fake_world(4, config.parallel) as world:
-        choice = Rehearsal(four, world).choice
+        choice = Rehearsal(four, world).built.choice
     with mock.patch.object(replicated, "MOST", replicated.KEPT * (choice.whole - choice.cut)):  # enough for the four that are rehearsed
         few = rehearse(config, shape, 4, ROW, 5)
         assert few == rehearse(config, shape, 4, ROW, None)
