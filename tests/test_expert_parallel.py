@@ -19,6 +19,7 @@ from d9d_lora.layers.stacked import Stacked
 from d9d_lora.measure import traffic
 from d9d_lora.placement import full_of
 from d9d_lora.registry import peft_method_from_config
+from d9d_lora.share_experts import shared_out
 from d9d_lora.train import model as models
 from d9d_lora.train.config import ModelConfig
 from d9d_lora.walk import adapted_layers, clock_of
@@ -296,3 +297,16 @@ def refused(rank):
 
 def test_degrees_that_do_not_fit_are_refused(pool):
     pool.run(3, refused)
+
+
+def trained_beside_the_experts(rank):
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("efsdp", "ep"))
+    model = model_of("mixtral", torch.float32).requires_grad_(False)
+    share_experts(model, mesh["ep"])
+    shared_out(model)[0].gains = torch.nn.Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match=r"MixtralExperts.gains is trained, and whole on every rank of experts"):
+        fully_shard_experts(model, mesh["efsdp"])
+
+
+def test_what_is_trained_and_whole_among_shared_experts_is_refused(pool):
+    pool.run(2, trained_beside_the_experts)

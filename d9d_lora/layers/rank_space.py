@@ -177,7 +177,7 @@ def _joins(other: Any, layer: Any, x: Tensor) -> bool:
     if getattr(other, "readers", None) is not layer.readers or other.placing != layer.placing or other.column != layer.column:
         return False
     here = all(getattr(p, "device_mesh", None) == layer.placing.mesh for p in other.factors().values())  # or FSDP2 holds them sharded
-    return here and other.training == layer.training and other.fuses(x)  # type: ignore[no-any-return]
+    return here and other.fuses(x)  # type: ignore[no-any-return]
 
 
 def _rank_of(layer: Any) -> int:
