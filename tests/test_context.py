@@ -1,14 +1,19 @@
 """Context parallelism on a bare mesh: losses and every gradient are those of one process; what must break it does."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental._context_parallel import _attention as ring
 from torch.nn.functional import cross_entropy
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from d9d_lora import inject_peft_and_freeze, peft_method_from_config
 from d9d_lora.context import ContextParallel
+from d9d_lora.context import model as context_model
 from d9d_lora.context.attention import SharedAttention
 from d9d_lora.context.model import choose
 from d9d_lora.dropout import Share
@@ -110,7 +115,7 @@ def shared(rank, tp, family, method, packed, attentions=("ulysses", "gather"), w
             del inputs["attention_mask"]
         elif mutation == "masks are numbered in each share":
             clock_of(model).share = Share()
-        with traffic() as seen:
+        with traffic() as seen, context.running():
             loss = step(model, inputs, targets, count)
         for p in (p for p in model.parameters() if p.requires_grad):
             dist.all_reduce(local_of(p.grad), group=mesh.get_group("cp"))
@@ -153,6 +158,44 @@ def test_ranks_that_share_rows_are_one(pool, family, method, packed, tp, way):
             assert apart(found, expected) < 1e-6
             if (tp, way, family) == (1, "", "mistral"):
                 travelled(found[2])
+
+
+def ring_forward(op, args, kwargs):
+    q, mesh = args[0], args[0].device_mesh
+    dropout, causal = (*args[3:], *(0.0, False)[len(args) - 3 :])
+    local = [local_of(t) for t in args[:3]]
+    found = ring._templated_ring_attention(mesh.get_group(), 2, op, *local, is_causal=causal, dropout_p=dropout, **kwargs)
+    return tuple(DTensor.from_local(t, mesh, q.placements, run_check=False) for t in found)
+
+
+def ring_backward(op, args, kwargs):
+    q, mesh = args[1], args[1].device_mesh
+    grad, *local = [local_of(t) for t in args[:6]]
+    found = ring._templated_ring_attention_backward(
+        mesh.get_group(), 2, op, grad, "grad_out", *local, is_causal=args[7], dropout_p=args[6], **kwargs
+    )
+    return tuple(DTensor.from_local(t, mesh, q.placements, run_check=False) for t in found)
+
+
+def ringed(rank, *args):
+    """torch's ring of exchanges, and our way into it, with the attention of one chunk by the CPU's kernel, which torch does not list."""
+    kernels = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward]
+    listed = mock.patch.dict(ring.custom_ops, dict(zip([k.default for k in kernels], (ring_forward, ring_backward))))
+    with listed, mock.patch.object(context_model, "choose", lambda *_: ("ring", "asked for")):
+        return shared(rank, *args)
+
+
+@pytest.mark.parametrize("tp,way", [(1, "recomputed"), (2, "")])
+def test_torch_ring_is_one_process_too(pool, tp, way):
+    expected = whole("llama", "lora", False)
+    for (found,) in pool.run(2 * tp, ringed, tp, "llama", "lora", False, ("ring",), way):
+        assert apart(found, expected) < 1e-5  # torch adds the parts in fp32
+
+
+def test_mutation_a_ring_over_positions_of_each_share(pool):
+    expected = whole("llama", "lora", False)
+    for (found,) in pool.run(2, ringed, 1, "llama", "lora", False, ("ring",), "", "positions are counted in each share"):
+        assert apart(found, expected) > 1e-2
 
 
 def travelled(seen):
