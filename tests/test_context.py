@@ -179,9 +179,9 @@ def ring_backward(op, args, kwargs):
 
 def ringed(rank, *args):
     """torch's ring of exchanges, and our way into it, with the attention of one chunk by the CPU's kernel, which torch does not list."""
-    kernels = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward]
-    listed = mock.patch.dict(ring.custom_ops, dict(zip([k.default for k in kernels], (ring_forward, ring_backward))))
-    with listed, mock.patch.object(context_model, "choose", lambda *_: ("ring", "asked for")):
+    forward, backward = (getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{end}").default for end in ("", "_backward"))
+    listed = mock.patch.dict(ring.custom_ops, {forward: ring_forward, backward: ring_backward})
+    with listed, mock.patch.object(context_model, "choose", return_value=("ring", "asked for")):
         return shared(rank, *args)
 
 
