@@ -25,8 +25,8 @@ Written by the test run (`tests/matrix.py`); do not edit. Each cell stands for t
 changes nothing and every factor comes alive; starts, gradients of every factor and weights after AdamW steps are equal on the
 layout; merged is adapted, and unmerged is the original to the bit, on the layout.
 
-[Pipelines](training.md#pipelines), [expert](experts.md#expert-parallelism) and [context parallelism](training.md#long-contexts) are no columns here:
-they are proven by whole runs of the trainer, with the methods that their pages name.
+[Pipelines](training.md#pipelines), [expert](experts.md#expert-parallelism) and [context parallelism](training.md#long-contexts) are no
+columns here: they are proven by whole runs of the trainer, with the methods that their pages name.
 
 A cell names the layouts on which it was tried, and all of that holds; **all** are
 """

@@ -166,8 +166,8 @@ def _stacked(readers: Sequence[Reader], dtype: torch.dtype) -> Tensor:
     """A of all readers, [R, I], to compute with."""
     if len(readers) == 1:
         return readers[0].A.to(dtype)
-    ranks = [r.A.shape[0] for r in readers]
-    A = readers[0].A.new_empty(sum(ranks), readers[0].A.shape[1], dtype=dtype)
-    for r, part in zip(readers, A.split(ranks)):
-        part.copy_(r.A)  # stacked and cast at once
+    A = readers[0].A.new_empty(sum(r.A.shape[0] for r in readers), readers[0].A.shape[1], dtype=dtype)
+    at = 0
+    for r in readers:
+        A[at : (at := at + r.A.shape[0])].copy_(r.A)  # stacked and cast at once
     return A
