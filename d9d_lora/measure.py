@@ -123,9 +123,6 @@ def is_plain(types: Any) -> bool:
     return all(t in (Tensor, nn.Parameter, FakeTensor) for t in types)
 
 
-__all__ = ["Traffic", "collective", "flops", "is_plain", "saved_bytes", "traffic"]
-
-
 def max_memory(device: torch.device) -> int:
     """Peak bytes of this process: of the accelerator, or resident on the CPU."""
     if device.type != "cpu":
@@ -133,3 +130,6 @@ def max_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+
+
+__all__ = ["Traffic", "collective", "flops", "is_plain", "max_memory", "saved_bytes", "traffic"]

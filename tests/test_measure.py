@@ -69,6 +69,15 @@ def test_the_bench_measures_ours_beside_the_floor(capsys):
     assert rows["d9d_lora"].peak >= y + dx + factors
 
 
+def test_ours_as_base_is_timed_beside_a_base_that_is_not_fp32():
+    names, cpu = ["floor", bench.AS_BASE], torch.device("cpu")
+    for dtype, expected in (("float32", ["floor"]), ("bfloat16", names)):
+        setting = bench.Setting("linear", 2, dtype, 0.0, "all")
+        assert [row.name for row in bench.measure(setting, names, tokens=4, turns=1, budget=0, device=cpu)] == expected
+    adapted = bench.ours_as_base(bench.Block("linear", 4).bfloat16(), setting)
+    assert {p.dtype for p in adapted.parameters()} == {torch.bfloat16}
+
+
 def test_the_bench_counts_on_fake_ranks_what_real_ones_send():
     s, tokens, number = bench.Setting("smollm2", 4, "float32", 0.0, "qv"), 8, 4
     cpu = torch.device("cpu")

@@ -164,10 +164,5 @@ def _scale(scaling: float, mask: Mask | None) -> float:
 
 def _stacked(readers: Sequence[Reader], dtype: torch.dtype) -> Tensor:
     """A of all readers, [R, I], to compute with."""
-    if len(readers) == 1:
-        return readers[0].A.to(dtype)
-    A = readers[0].A.new_empty(sum(r.A.shape[0] for r in readers), readers[0].A.shape[1], dtype=dtype)
-    at = 0
-    for r in readers:
-        A[at : (at := at + r.A.shape[0])].copy_(r.A)  # stacked and cast at once
-    return A
+    As = [r.A.to(dtype) for r in readers]
+    return As[0] if len(As) == 1 else torch.cat(As)
