@@ -238,6 +238,22 @@ def test_the_trainer_says_that_no_expert_was_hit(tmp_path):
     assert "WARNING: no expert is adapted. Name them, as peft.target_parameters" in text
 
 
+@pytest.mark.parametrize("dtype,width", [(torch.float64, 12), (torch.float32, 10)])
+def test_experts_without_adapters_that_the_grouped_product_refuses_are_multiplied_all_the_same(tmp_path, dtype, width):
+    """Rows of 10 numbers in fp32 are no multiple of 16 bytes. Against the model's own loop; by transformers' default it cannot run."""
+    directory = make_assets(tmp_path, "qwen3_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=width, head_dim=6) / "model"
+    base = models.open_model(ModelConfig(path=str(directory)), dtype)
+    method = peft_method_from_config({"kind": "lora", "target_modules": ["q_proj"], "params": {"r": 3, "alpha": 6}})
+    mapper = inject_peft_and_freeze(method, base.module)
+    models.materialise(base, torch.device("cpu"))
+    models.load(base, mapper, ModelConfig(path=str(directory)))
+    method.initialise(base.module)
+    oracle = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager")
+    torch.testing.assert_close(base.module(IDS).logits, oracle(IDS).logits)
+    with pytest.raises(RuntimeError, match=r"Double|multiple of 16 bytes"):
+        AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)(IDS)
+
+
 # -- files that hold each expert by itself, layouts ----------------------------------------------------------------------------------
 
 

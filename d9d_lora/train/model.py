@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from d9d_lora.dropout import Clock
 from d9d_lora.expert_styles import MixtureOfTokens, expert_styles
 from d9d_lora.layers import AdaptedLayer
+from d9d_lora.layers.experts import place, products
+from d9d_lora.layers.grouped_mm import operator_takes
 from d9d_lora.placement import local_of
 from d9d_lora.quant.load import packed_tensors, quantise_, quantised, sinks
 from d9d_lora.replicate import groups_that_share
@@ -76,6 +78,7 @@ def open_model(config: ModelConfig, dtype: torch.dtype) -> Base:
     base = _open(config, dtype)
     if config.quantise is not None:
         quantise_(base.module, config.quantise_modules)
+    _take_experts(base.module)
     return base
 
 
@@ -97,6 +100,15 @@ def _open(config: ModelConfig, dtype: torch.dtype) -> Base:
         module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=config.attention)
     module.tie_weights()
     return Base(module, directory)
+
+
+def _take_experts(module: nn.Module) -> None:
+    """Experts that torch's grouped product refuses (float64, rows of no multiple of 16 bytes) are multiplied by ours, adapted or not: what
+    transformers takes by default would stop in the first forward."""
+    for m in module.modules():
+        stacks = [m.get_parameter(name) for name in products(m)]
+        if not all(operator_takes(p, *p.shape[1:]) for p in stacks):
+            place(m)
 
 
 def _callable(target: str) -> Callable[..., Any]:
