@@ -7,6 +7,7 @@ from torch import nn
 from d9d_lora import inject_peft_and_freeze, peft_method_from_config
 from d9d_lora.measure import flops, saved_bytes
 from d9d_lora.methods import lokr
+from d9d_lora.methods.delta import Parts
 from d9d_lora.walk import adapted_layers
 
 N = 32
@@ -38,16 +39,34 @@ def adapted(row, dtype=torch.float32):
 
 
 def count(model):
-    """(FLOPs beyond the frozen layer, numbers kept beside x and the parameters) of N inputs."""
-    x = torch.randn(2, N // 2, model[0].in_size, requires_grad=True)
+    """(FLOPs beyond the frozen layer, bytes kept beside x and the parameters) of N inputs."""
+    x = torch.randn(2, N // 2, model[0].in_size, dtype=model[0].base.weight.dtype, requires_grad=True)
     kept = saved_bytes(lambda: model(x), [x, *model.parameters(), *model.buffers()])
-    return flops(lambda: model(x).sum().backward()) - 4 * N * model[0].base.weight.numel(), kept / 4
+    return flops(lambda: model(x).sum().backward()) - 4 * N * model[0].base.weight.numel(), kept
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("row", ROWS)
-def test_a_step_costs_what_the_formula_of_its_method_says(row):
-    model, layer = adapted(row)
-    assert count(model) == layer.delta.cost(N, layer.out_size, layer.in_size)
+def test_a_step_costs_what_the_formula_of_its_method_says(row, dtype):
+    """In bf16, too: its factors are in fp32, and no cast one is kept."""
+    model, layer = adapted(row, dtype)
+    assert {p.dtype for p in layer.factors().values()} == {torch.float32}
+    flops, kept, besides = layer.delta.cost(N, layer.out_size, layer.in_size)
+    assert count(model) == (flops, kept * dtype.itemsize + besides)
+
+
+@pytest.mark.parametrize("row,method", [("adalora", "factors_in"), ("loha dense", "apply"), ("randlora", "apply"), ("lokr", "apply")])
+def test_mutation_the_other_cast(monkeypatch, row, method):
+    """What is made anew cast by the step itself; parts cast before the step that keeps them."""
+    model, layer = adapted(row, torch.bfloat16)
+    real = getattr(type(layer.delta), method)
+    wrong = {
+        "factors_in": lambda self, f, dtype: self.factors(f),
+        "apply": lambda self, x, f: real(self, x, Parts({n: t.to(x.dtype) for n, t in f.items()}, f.rows, f.cols)),
+    }
+    monkeypatch.setattr(type(layer.delta), method, wrong[method])
+    _, kept, besides = layer.delta.cost(N, layer.out_size, layer.in_size)
+    assert count(model)[1] > kept * 2 + besides
 
 
 def test_mutation_another_order_of_a_kronecker_product(monkeypatch):

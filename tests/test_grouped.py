@@ -8,6 +8,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from d9d_lora import GroupedLinear, LoRAGroupedLinear, LoRAParameters, add_adapter, inject_peft_and_freeze, merge_peft, set_adapter
 from d9d_lora.dropout import AdapterDropout, Clock
+from d9d_lora.layers import grouped
 from d9d_lora.layers import grouped_mm as gm
 from d9d_lora.layers.grouped_mm import Groups, grouped_mm
 from d9d_lora.measure import saved_bytes
@@ -132,6 +133,29 @@ def test_six_thin_products_are_computed_and_x_and_z_are_kept(monkeypatch):
     grouped_mm(h, t["W"], groups, t["A"], t["B"], S).sum().backward()
     assert len(done) == 2 + 6
     assert sum(call[-1] in (I, O) and call[-2] in (I, O) for call in done) == 2
+
+
+def kept_by_an_adapted_layer(dora):
+    model = nn.Sequential(GroupedLinear(E, I, O, dtype=torch.bfloat16))
+    inject_peft_and_freeze(lora(use_dora=dora), model)
+    x = torch.randn(N, I, dtype=torch.bfloat16, requires_grad=True)
+    return saved_bytes(lambda: model[0](x, COUNTS), [x, *model.parameters()])
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_in_bf16_no_factor_of_all_experts_is_kept_once_more_and_no_gain_of_every_row(monkeypatch, dora):
+    z, y, g = 2 * N * 8, 2 * N * O, E * O  # r = 3 is padded to 8
+    expected = z + dora * (y + (4 + 4 + 1) * g + 8 * N)  # of each row of W: g, its norm, whether there is one; of each row of y: its expert
+    assert kept_by_an_adapted_layer(dora) == expected
+    real = grouped_mm
+
+    def cast(x, W, groups, A, B, s, mask):
+        return real(x, W, groups, gm.padded(A.to(x.dtype), -1), gm.padded(B.to(x.dtype), -2), s, mask)
+
+    monkeypatch.setattr(grouped, "grouped_mm", cast)
+    assert kept_by_an_adapted_layer(dora) == expected + 2 * E * 8 * (I + O)
+    monkeypatch.setattr(grouped, "gained_rows", lambda y, g, of: (y * g[of]).to(y.dtype))
+    assert kept_by_an_adapted_layer(dora) == expected + 2 * E * 8 * (I + O) + dora * 4 * (N * O - g)
 
 
 def test_no_rows_at_all_still_give_gradients():

@@ -193,7 +193,7 @@ class AdaptedLayer(nn.Module):
     def parts(self, dtype: torch.dtype | None, *, parts: bool) -> Parts:
         """This rank's part of every factor, in the dtype the layer computes in: factors are small, so they are cast and x never is.
 
-        None: in the dtype they are trained in."""
+        None: in the dtype they are trained in, for what casts them itself and so keeps no cast one for its backward."""
         kept = self.delta.full_precision
         own = {name: (self.factor(name), axes) for name, axes in self.delta.axes.items()}
         f = {name: self.placing.local(p, axes, parts=parts and self.sums_own_parts) for name, (p, axes) in own.items()}
@@ -242,7 +242,7 @@ class AdaptedLayer(nn.Module):
         other = work[0].adapter is not self and work == [Work(work[0].adapter)]
         return work[0].adapter if other else None
 
-    def plus_updates(self, y: Tensor, h: Tensor, dtype: torch.dtype, *, parts: bool = False) -> Tensor:
+    def plus_updates(self, y: Tensor, h: Tensor, dtype: torch.dtype | None, *, parts: bool = False) -> Tensor:
         """y, this rank's product of the base, and the terms of all adapters at work; h is this rank's input."""
         for adapter, start, names in self.at_work():
             adapter.saw_part_of_tokens = self.saw_part_of_tokens
@@ -259,12 +259,12 @@ class AdaptedLayer(nn.Module):
     def update(self, x: Tensor, f: Parts) -> Tensor:
         """The update's product with this rank's input; dropout is that of `f`."""
 
-    def start_parts(self, dtype: torch.dtype) -> Parts:
+    def start_parts(self, dtype: torch.dtype | None) -> Parts:
         """This rank's part of the start that was taken off the base weight; gathered once. [Note: started]"""
         if self._start is None:
             whole = {name: full_of(t) for name, t in self.origin.items()}
             self._start = self.delta.part(whole, *self.box_here())
-        return Parts({name: t.to(dtype) for name, t in self._start.items()}, self._start.rows, self._start.cols)
+        return Parts({n: t if dtype is None else t.to(dtype) for n, t in self._start.items()}, self._start.rows, self._start.cols)
 
     def has_gain_at_work(self) -> bool:
         return self.delta.has_gain and DEFAULT in self.active

@@ -34,3 +34,28 @@ class _Gained(torch.autograd.Function):
         dy = torch.addcmul(dz, dz, d) if ctx.needs_input_grad[0] else None
         dg = (dz * y).flatten(0, -2).sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
         return dy, dg
+
+
+def gained_rows(y: Tensor, g: Tensor, of: Tensor) -> Tensor:
+    """Row n of y[N, O] times g[E, O] of its expert, of[n], in the dtype of y. Kept for the backward is y, and no gain of every row."""
+    result: Tensor = _GainedRows.apply(y, g, of)
+    return result
+
+
+class _GainedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, g: Tensor, of: Tensor) -> Tensor:
+        ctx.save_for_backward(y, g, of)
+        return _times(y, g, of)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        y, g, of = ctx.saved_tensors
+        dy = _times(dz, g, of) if ctx.needs_input_grad[0] else None
+        dg = torch.zeros_like(g).index_put_((of,), (dz * y).to(g.dtype), accumulate=True) if ctx.needs_input_grad[1] else None
+        return dy, dg, None
+
+
+def _times(y: Tensor, g: Tensor, of: Tensor) -> Tensor:
+    return y * g[of] if y.dtype == g.dtype else torch.addcmul(y, y, (g - 1).to(y.dtype)[of])

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from d9d_lora.dropout import AdapterDropout
 from d9d_lora.layers.among import Work
 from d9d_lora.layers.base import HOOKS, refuses_weight
+from d9d_lora.layers.gained import gained_rows
 from d9d_lora.layers.grouped_mm import Groups, grouped_mm, thin_mm
 from d9d_lora.layers.stacked import Stacked
 from d9d_lora.methods.delta import Geometry, Parts
@@ -74,7 +75,7 @@ class AdaptedProduct(Stacked):
         """W_e x and all updates at work, then the gain; `base` multiplies by W alone."""
         parts = self.in_parts()
         if self.fuses():
-            y = self.fused(h, self.parts(h.x.dtype, parts=parts))
+            y = self.fused(h, self.parts(None, parts=parts))
         elif self.has_gain_at_work():
             y = base() + self.update(h, self.parts(h.x.dtype, parts=parts))
         else:
@@ -90,7 +91,7 @@ class AdaptedProduct(Stacked):
         return not self.base.weight.requires_grad  # type: ignore[union-attr]
 
     def fused(self, h: Sorted, f: Parts) -> Tensor:
-        B, A = self.delta.factors(f)
+        B, A = self.delta.factors_in(f, h.x.dtype)
         mask = f.dropout.mask(h.x) if f.dropout is not None and f.dropout.p else None
         return grouped_mm(h.x, self.weight_turned(), h.groups, A.mT, B.mT, self.delta.scaling, mask)
 
@@ -108,8 +109,7 @@ class AdaptedProduct(Stacked):
         return rows.x * kept
 
     def times_gain(self, y: Tensor, h: Sorted) -> Tensor:
-        gain = self.gain(self.parts(y.dtype, parts=False))
-        return (y * gain[h.groups.experts_of(len(y))]).to(y.dtype)
+        return gained_rows(y, self.gain(self.parts(None, parts=False)), h.groups.experts_of(len(y)))
 
     def weight_turned(self) -> Tensor:
         """This rank's part of the base weight, [E, I, O]."""

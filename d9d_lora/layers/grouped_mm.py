@@ -101,10 +101,9 @@ def grouped_mm(
     A matrix without E is one for all experts.
 
     Args:
+        A, B: In the dtype they are trained in; they are cast to that of x, and their gradients back.
         mask: Dropout on the input of A.
     """
-    if A is not None and B is not None:
-        A, B = padded(A, -1), padded(B, -2)
     now, drop = (None, None) if mask is None else (mask.now, mask[1:])
     y: Tensor = _Grouped.apply(x, weight, A, B, groups, now, drop, scaling)
     return y
@@ -112,7 +111,7 @@ def grouped_mm(
 
 def thin_mm(x: Tensor, groups: Groups, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """s x A B for each row's expert: the update alone."""
-    A, B = padded(A, -1), padded(B, -2)
+    A, B = padded(A.to(x.dtype), -1), padded(B.to(x.dtype), -2)
     return grouped_mm(grouped_mm(x, A, groups) * scaling, B, groups)
 
 
@@ -122,19 +121,24 @@ def padded(t: Tensor, dim: int) -> Tensor:
     return pad(t, [0, 0] * (-1 - dim) + [0, lack]) if lack and t.dtype in _DTYPES else t
 
 
+def _thin(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors to compute with."""
+    return padded(A.to(dtype), -1), padded(B.to(dtype), -2)
+
+
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, A, B, groups, now, drop, scaling):  # type: ignore[no-untyped-def]
         y = rows_by(x, weight, groups)
         z = None
         if A is not None:
-            rows = x
+            rows, a, b = x, *_thin(A, B, x.dtype)  # not saved: cast or padded, they would be the factors of all experts once more
             if drop is not None:
                 now = now.clone()  # the clock runs on before the backward
                 (rows,) = Mask(now, *drop).keep_from(groups.origins, x)
                 scaling = scaling / (1 - drop[1])
-            z = rows_by(rows, A, groups)
-            y.add_(rows_by(z, B, groups), alpha=scaling)
+            z = rows_by(rows, a, groups)
+            y.add_(rows_by(z, b, groups), alpha=scaling)
         ctx.save_for_backward(x, weight, A, B, z, now)
         ctx.groups, ctx.drop, ctx.scaling = groups, drop, scaling
         return groups.clear_tail_(y)
@@ -150,15 +154,16 @@ class _Grouped(torch.autograd.Function):
         dW = _of(weight, x, dy, groups) if for_weight else None
         dA = dB = None
         if A is not None:
-            u = rows_by(dy, B.mT, groups)
-            h = None if dx is None else rows_by(u, A.mT, groups)
+            a, b = _thin(A, B, x.dtype)
+            u = rows_by(dy, b.mT, groups)
+            h = None if dx is None else rows_by(u, a.mT, groups)
             if ctx.drop is not None:
                 kept = Mask(now, *ctx.drop).keep_from(groups.origins, *([x] if h is None else [x, h]))
                 x, h = kept[0], kept[-1]
             if for_B:
-                dB = _of(B, z, dy, groups).mul_(scaling)
+                dB = _of(b, z, dy, groups).mul_(scaling)[..., : B.shape[-2], :].to(B.dtype)
             if for_A:
-                dA = _of(A, x, u, groups).mul_(scaling)
+                dA = _of(a, x, u, groups).mul_(scaling)[..., : A.shape[-1]].to(A.dtype)
             if dx is not None and h is not None:
                 dx.add_(h, alpha=scaling)
         if dx is not None:

@@ -50,7 +50,7 @@ class AdaptedLinear(AdaptedLayer):
         self.refuse_unstarted()
         fuse = self.fuses(x)
         if self.placing.mesh is None and not fuse and not self.has_gain_at_work():
-            return self.plus_updates(self.base(x), x, x.dtype)
+            return self.plus_updates(self.base(x), x, None)
         wanted: Placement | None = {"O": Replicate(), "I": Shard(x.ndim - 1), None: None}[self.placing.letter]
         h, parts = self.placing.enter(x, wanted, self.name)
         if self.placing.letter is None:
@@ -64,9 +64,9 @@ class AdaptedLinear(AdaptedLayer):
         elif fuse:
             y = self.fused(h, inside, parts=parts)
         elif gain:
-            y = self.product(h) + self.update(h, self.parts(h.dtype, parts=parts))
+            y = self.product(h) + self.update(h, self.parts(None, parts=parts))
         else:
-            y = self.plus_updates(self.product(h, inside), h, h.dtype, parts=parts)
+            y = self.plus_updates(self.product(h, inside), h, None, parts=parts)
         if gain:
             y = gained(y, self.gain(self.parts(None, parts=parts)))
         if bias is not None and inside is None:
@@ -104,7 +104,7 @@ class AdaptedLinear(AdaptedLayer):
 
     def reader(self, dtype: torch.dtype, bias: Tensor | None, *, parts: bool = False) -> Reader:
         """This layer as `fused` takes it."""
-        B, A = self.delta.factors(self.parts(None, parts=parts))
+        B, A = self.delta.factors_in(self.parts(None, parts=parts), dtype)
         weight, restore = self.weight_to_restore(dtype)
         return Reader(weight, bias, A, B, restore)
 
@@ -145,11 +145,11 @@ class AdaptedLinear(AdaptedLayer):
             self._watch = None
 
     def update(self, x: Tensor, f: Parts) -> Tensor:
-        """drop(x) dW^T on this rank's part, in the dtype of x."""
+        """drop(x) dW^T on this rank's part, in the dtype of x; the parts come as they are trained."""
         y = self.delta.apply(x if f.dropout is None else f.dropout(x), f)
         if not self.delta.has_shift:
             return y
-        shift = self.delta.shift(f)
+        shift = self.delta.shift(f).to(y.dtype)
         return y + (shift if self.placing.is_first() else shift * 0)  # once in a Partial sum, as `bias_here`
 
     def bias_here(self, *, parts: bool) -> Tensor | None:

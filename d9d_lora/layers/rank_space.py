@@ -115,7 +115,7 @@ class TokenShard:
 
     def read(self, layers: Sequence[Any]) -> None:
         """Makes the readings of these layers, with one gather."""
-        factors = [layer.delta.factors(layer.parts(None, parts=True)) for layer in layers]
+        factors = [layer.delta.factors_in(layer.parts(None, parts=True), self.x.dtype) for layer in layers]
         masks = [layer.mask_of(self.x) for layer in layers]
         now = next((mask.now for mask in masks if mask is not None), None)
         drops = [None if mask is None else mask[1:] for mask in masks]

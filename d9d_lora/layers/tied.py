@@ -22,6 +22,10 @@ class Turned(Around):
 
     axes = {}
 
+    @property
+    def makes(self) -> str:  # type: ignore[override]
+        return self.low.makes.translate(str.maketrans("AB", "BA"))
+
     def sizes(self, out: int, into: int) -> dict[str, int]:
         return {}
 
@@ -39,7 +43,7 @@ class Turned(Around):
         try:
             return super().apply(x, f)
         except NotImplementedError:
-            return linear(x, self.dense(f))
+            return linear(x, self.dense(f).to(x.dtype))
 
     def __str__(self) -> str:
         return f"{self.low}, the embedding's"

@@ -128,6 +128,7 @@ class AdaLoRADelta(Delta):
     params: AdaLoRAParameters | None = field(default=None, compare=False, repr=False)  # the schedule, for a file
     kind = "adalora"
     thin = True
+    makes = "A"
     axes = {"lora_A": "RI", "lora_E": "R1", "lora_B": "OR"}
 
     @property
@@ -141,7 +142,7 @@ class AdaLoRADelta(Delta):
         return None if factor == "lora_E" else lambda w, g: w.normal_(0, 0.02, generator=g)
 
     def cost(self, n: int, out: int, into: int) -> Cost:
-        """LoRA's, with E A kept as it was made."""
+        """LoRA's, with E A kept."""
         like = super().cost(n, out, into)
         return like._replace(kept=like.kept + self.r * into)
 

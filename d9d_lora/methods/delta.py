@@ -60,11 +60,13 @@ class Cost(NamedTuple):
 
     Attributes:
         flops: Of the matrix products.
-        kept: Numbers that autograd keeps for the backward beside the layer's input and the parameters.
+        kept: Numbers that autograd keeps for the backward beside the layer's input and the parameters, in the dtype of that input.
+        besides: Bytes that are as many in every dtype: indices, and what a step needs in fp32.
     """
 
     flops: int
     kept: int
+    besides: int = 0
 
 
 class Parts(dict[str, Tensor]):
@@ -99,6 +101,8 @@ class Delta(ABC):
 
     thin: bool = False
     """Whether the update is x -> s x A^T B^T with `factors` of few rows, and nothing else: it may then be fused with the base's product."""
+    makes: str = ""
+    """Which of `factors`, "A", "B" or "AB", are made anew of the parts, and not the parts themselves or views of them."""
     loftq_iter: int = 0
     """How often LoftQ alternates, if `lora_A` and `lora_B` start from the error of a quantised base (`init/loftq.py`)."""
 
@@ -137,7 +141,7 @@ class Delta(ABC):
         return {}
 
     def cost(self, n: int, out: int, into: int) -> Cost:
-        """Of n inputs of a linear layer [out, into] in fp32. Here that of LoRA: six products of rank R, and drop(x) A^T kept."""
+        """Of n inputs of a linear layer [out, into]. Here that of LoRA: six products of rank R, and drop(x) A^T kept."""
         r = self.sizes(out, into)["R"]
         return Cost(3 * 2 * n * r * (out + into), n * r)
 
@@ -148,15 +152,22 @@ class Delta(ABC):
         """(B[O,R], A[R,I]) of the box, with dW = scaling * B A. A delta that is no product raises NotImplementedError and has
         `dense`, `apply` and `look_up` of its own."""
 
+    def factors_in(self, f: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`factors` for a step that casts what it is given. What is made anew it would keep for its backward, so that is cast before;
+        a part is there anyway, and its cast would be a second one."""
+        B, A = self.factors(f)
+        return B.to(dtype) if "B" in self.makes else B, A.to(dtype) if "A" in self.makes else A
+
     def dense(self, f: Parts) -> Tensor:
         """dW of the box [O,I]."""
         B, A = self.factors(f)
         return self.scaling * (B @ A)
 
     def apply(self, x: Tensor, f: Parts) -> Tensor:
-        """x dW^T for the columns of the box: x [..., I] -> [..., O]. The scale is put on the thin product."""
+        """x dW^T for the columns of the box: x [..., I] -> [..., O]. The scale is put on the thin product. The parts come as they are
+        trained, and the result is in the dtype of x."""
         B, A = self.factors(f)
-        return linear(linear(x, A) * self.scaling, B)
+        return linear(linear(x, A.to(x.dtype)) * self.scaling, B.to(x.dtype))
 
     def look_up(self, ids: Tensor, f: Parts, *, padding: int | None = None) -> Tensor:
         """The columns of dW that ids name, counted from the box's first: ids [...] -> [..., O]."""
@@ -213,6 +224,10 @@ class Around(Delta):
     @property
     def noisy(self) -> bool:
         return self.low.noisy
+
+    @property
+    def makes(self) -> str:  # type: ignore[override]
+        return self.low.makes
 
     def start(self, factor: str, *, lookup: bool) -> Draw | None:
         return self.low.start(factor, lookup=lookup)

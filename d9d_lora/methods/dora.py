@@ -81,9 +81,9 @@ class DoRADelta(Around):
 
     def cost(self, n: int, out: int, into: int) -> Cost:
         """That of `low`, and the terms of the norm, which have no backward. Kept besides: the output before g, and of every row g, the
-        norm, and a byte that says whether there is one."""
+        norm in fp32, and a byte that says whether there is one."""
         low, r = self.low.cost(n, out, into), self.sizes(out, into)["R"]
-        return Cost(low.flops + 2 * r * (out * into + r * (out + into)), low.kept + n * out + 2 * out + out // 4)
+        return Cost(low.flops + 2 * r * (out * into + r * (out + into)), low.kept + n * out + out, low.besides + 5 * out)
 
     def gain(self, weight: Tensor, squares: Tensor, f: Parts, total: Callable[[Tensor], Tensor]) -> Tensor:
         """At least fp32, whatever the layer computes in."""

@@ -51,6 +51,7 @@ class LoHaDelta(Drops):
 
     init_weights: bool = True
     kind = "loha"
+    makes = "AB"
 
     @property
     def axes(self) -> Mapping[str, str]:
@@ -78,7 +79,7 @@ class LoHaDelta(Drops):
         return self.geometry is not None and product_is_cheaper(1 << 30, self.geometry.out, self.geometry.into, self.r)
 
     def cost(self, n: int, out: int, into: int) -> Cost:
-        """[Note: product or dense] LoRA's at rank R^2, with both factors kept as they were made; or twice both products of rank R and what
+        """[Note: product or dense] LoRA's at rank R^2, with both factors kept; or twice both products of rank R and what
         they take in the backward, and three products with dW itself."""
         rank = self.r**2
         if product_is_cheaper(n, out, into, self.r):
@@ -113,10 +114,14 @@ class LoHaDelta(Drops):
     def apply(self, x: Tensor, f: Parts) -> Tensor:
         into = x.shape[-1]
         if product_is_cheaper(x.numel() // max(1, into), f.rows.stop - f.rows.start, into, self.r):
-            B, A = self.product(f)
+            B, A = (t.to(x.dtype) for t in self.product(f))
             return linear(linear(x, A) * self.scaling, B)
+
+        def run(x: Tensor, *two: Tensor) -> Tensor:
+            return linear(x, self._dense(*(t.to(x.dtype) for t in two)))  # cast inside: a cast one would be kept
+
         two = self.two(f)  # outside: a recomputation may come when the clock has moved on
-        y: Tensor = checkpoint(lambda x, *two: linear(x, self._dense(*two)), x, *two, use_reentrant=False, preserve_rng_state=False)
+        y: Tensor = checkpoint(run, x, *two, use_reentrant=False, preserve_rng_state=False)
         return y
 
     def look_up(self, ids: Tensor, f: Parts, *, padding: int | None = None) -> Tensor:

@@ -148,7 +148,7 @@ class LoKrDelta(Drops):
 
     def apply(self, x: Tensor, f: Parts) -> Tensor:
         def run(x: Tensor, *factors: Tensor) -> Tensor:
-            return self._run(x, Parts(dict(zip(f, factors)), f.rows, f.cols))
+            return self._run(x, Parts(dict(zip(f, (t.to(x.dtype) for t in factors))), f.rows, f.cols))  # inside: a cast one would be kept
 
         y: Tensor = checkpoint(run, x, *f.values(), use_reentrant=False, preserve_rng_state=False)
         return self._cut(y, cover(f.rows, self.split[1]), f)  # outside: a recomputation may come when the clock has moved on
@@ -187,7 +187,7 @@ class LoKrDelta(Drops):
     def _cut(self, y: Tensor, rows: "Cover", f: Parts) -> Tensor:
         y = y[..., rows.before : y.shape[-1] - rows.after]
         gate = self.gate(f)
-        return y if gate is None else y * gate
+        return y if gate is None else y * gate.to(y.dtype)
 
 
 class Cover(NamedTuple):

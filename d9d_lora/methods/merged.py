@@ -34,6 +34,7 @@ class MergedDelta(Around):
 
     enabled: tuple[bool, ...]
     slices: tuple[int, ...] = ()
+    makes = "B"
 
     @property
     def axes(self) -> Mapping[str, str]:

@@ -163,7 +163,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, base_A, base_B, lam, gamma, wide, s):  # type: ignore[no-untyped-def]
-        rows, B, A = x.reshape(-1, x.shape[-1]), base_B.flatten(1).to(x.dtype), scaled(base_A, s * lam, gamma)
+        rows, B, A = x.reshape(-1, x.shape[-1]), base_B.flatten(1).to(x.dtype), scaled(base_A, s * lam.to(x.dtype), gamma.to(x.dtype))
         z = rows @ (B if wide else A.T)
         ctx.save_for_backward(z if wide else x, base_A, base_B, lam, gamma)
         ctx.wide, ctx.s, ctx.shape = wide, s, x.shape
@@ -174,12 +174,14 @@ class _Sum(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         kept, base_A, base_B, lam, gamma = ctx.saved_tensors
         dy, kept = dy.reshape(-1, dy.shape[-1]), kept.reshape(-1, kept.shape[-1])
+        trained, lam, gamma = (lam.dtype, gamma.dtype), lam.to(dy.dtype), gamma.to(dy.dtype)
         B, A = base_B.flatten(1).to(dy.dtype), scaled(base_A, ctx.s * lam, gamma)
         u = dy @ (A.T if ctx.wide else B)
         dx = (u @ (B.T if ctx.wide else A)).view(ctx.shape) if ctx.needs_input_grad[0] else None
         dA = kept.T @ dy if ctx.wide else u.T @ kept
         slope = ctx.s * dA.unflatten(0, lam.shape) * base_A.to(dA.dtype).unsqueeze(1)  # of lambda gamma, [R, n, m]
-        return dx, None, None, (slope * gamma).sum(2), (slope * lam.unsqueeze(2)).sum(0), None, None
+        d_lam, d_gamma = (slope * gamma).sum(2).to(trained[0]), (slope * lam.unsqueeze(2)).sum(0).to(trained[1])
+        return dx, None, None, d_lam, d_gamma, None, None
 
 
 class RandLoRA(AdapterMethod[RandLoRAConfig]):

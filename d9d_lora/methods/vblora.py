@@ -96,6 +96,7 @@ class VBLoRADelta(Delta):
     kind = "vblora"
     scaling = 1.0
     thin = True
+    makes = "AB"
     axes = {"vblora_logits_A": "RJN", "vblora_logits_B": "PRN"}
     shared: ClassVar[Mapping[str, str]] = {BANK: "NV"}
     full_precision = frozenset(axes)  # rounding would choose other vectors than a merge does
@@ -118,9 +119,10 @@ class VBLoRADelta(Delta):
         return lambda w, g: w.normal_(0, self.logits_std, generator=g)
 
     def cost(self, n: int, out: int, into: int) -> Cost:
-        """LoRA's, with A and B kept too, and of each block K weights, and 2 K + 1 numbers of 8 bytes that say which vectors."""
+        """LoRA's, with A and B kept too, and of each block K weights in fp32, and 2 K + 1 numbers of 8 bytes that say which
+        vectors."""
         like, blocks = super().cost(n, out, into), self.r * (out + into) // self.vector_length
-        return like._replace(kept=like.kept + self.r * (out + into) + blocks * (self.topk + 2 * (2 * self.topk + 1)))
+        return Cost(like.flops, like.kept + self.r * (out + into), blocks * (4 * self.topk + 8 * (2 * self.topk + 1)))
 
     def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
         if self.chosen and f.dropout is not None and torch.is_grad_enabled():

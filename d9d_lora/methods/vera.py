@@ -77,6 +77,7 @@ class VeRADelta(Delta):
     kind = "vera"
     scaling = 1.0
     thin = True
+    makes = "B"
     full_precision = frozenset({"vera_A", "vera_B"})  # they are cut to the layer first, and cast then
     axes = {"vera_lambda_b": "O", "vera_lambda_d": "R"}
     shared: ClassVar[Mapping[str, str]] = {"vera_A": "RM", "vera_B": "LR"}  # L, M: the largest sizes
@@ -88,7 +89,7 @@ class VeRADelta(Delta):
         return None if factor == "vera_lambda_b" else lambda w, g: w.fill_(self.d_initial)
 
     def cost(self, n: int, out: int, into: int) -> Cost:
-        """Five products: A has no gradient. Kept are x A^T, and b B d as it was made."""
+        """Five products: A has no gradient. Kept are x A^T, and b B d."""
         return Cost(2 * n * self.r * (3 * out + 2 * into), n * self.r + out * self.r)
 
     def factors(self, f: Parts) -> tuple[Tensor, Tensor]:
