@@ -40,8 +40,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from d9d_lora import inject_peft_and_freeze, peft_method_from_config
 from d9d_lora.keyvalue import Key, UsageError, run
 from d9d_lora.measure import flops, saved_bytes
-from d9d_lora.placement import ReplicatedSum
 from d9d_lora.plan.ledger import Ledger
+from d9d_lora.sums import ReplicatedSum
 from d9d_lora.walk import adapted_layers
 
 KEYS = {

@@ -22,8 +22,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from d9d_lora import LoRA, LoRAConfig, LoRAParameters, inject_peft_and_freeze
 from d9d_lora.keyvalue import Key, UsageError, run
 from d9d_lora.layers.chooser import Choice, ColumnPath, Group
-from d9d_lora.placement import ReplicatedSum
 from d9d_lora.styles import parallelize_adapted, take_column_path
+from d9d_lora.sums import ReplicatedSum
 from d9d_lora.train.config import ParallelConfig
 from d9d_lora.train.world import World, device_of, join, leave
 from d9d_lora.walk import adapted_layers

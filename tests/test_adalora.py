@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d9d_lora import inject_peft_and_freeze, peft_method_from_config, placement
+from d9d_lora import inject_peft_and_freeze, peft_method_from_config, sums
 from d9d_lora.measure import traffic
 from d9d_lora.methods import adalora
 from d9d_lora.methods.adalora import AdaLoRA, AdaLoRAConfig, AdaLoRAParameters
-from d9d_lora.placement import ReplicatedSum, full_of
+from d9d_lora.placement import full_of
+from d9d_lora.sums import ReplicatedSum
 from d9d_lora.walk import adapted_layers
 from tests.catalogue import LAYOUTS, build, peft_config
 from tests.small_run import losses, make_assets, run
@@ -52,8 +53,8 @@ def law_of_the_budget(rank, layer, layout_name, params, mutation):
     bucket = ReplicatedSum(adapted_layers(model))
     if mutation == "a budget per shard":
         method.scores = lambda layers: with_(adalora, "sum_over_boxes", lambda parts: [v for _, v in parts], AdaLoRA.scores, method, layers)
-    counts = (lambda p: True) if mutation == "a box of two ranks counts twice" else placement._counts
-    ours = with_(placement, "_counts", counts, train, model, method, layout, bucket, mutation)
+    counts = (lambda p: True) if mutation == "a box of two ranks counts twice" else sums._counts
+    ours = with_(sums, "_counts", counts, train, model, method, layout, bucket, mutation)
     theirs = train(reference, ref_method, LAYOUTS["one"])
     found, expected = state_of(model, method), state_of(reference, ref_method)
     pattern = method.rank_pattern(model)

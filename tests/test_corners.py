@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import parallelize_module
 
 from d9d_lora import LoRALinear, LoRAParameters, inject_peft_and_freeze, merge_peft, peft_method_from_config, unmerge_peft
-from d9d_lora.placement import ReplicatedSum
 from d9d_lora.state.reader import load_checkpoint
 from d9d_lora.state.safetensors_dir import open_checkpoint
+from d9d_lora.sums import ReplicatedSum
 from d9d_lora.targets import Targets
 from d9d_lora.train.trainer import Trainer
 from d9d_lora.train.world import device_of, join

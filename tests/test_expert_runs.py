@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d9d_lora import placement
+from d9d_lora import placement, sums
 from d9d_lora.train import build
 from d9d_lora.train.checks import AdapterFault
 from d9d_lora.train.config import ParallelConfig
@@ -81,7 +81,7 @@ OUTER = {"peft": {**PEFT, "params": {**PEFT["params"], "experts_shared_outer": T
 
 def as_of_own_experts(rank, assets, output, options):
     with contextlib.ExitStack() as stack:
-        for module in (build, placement):
+        for module in (build, sums):
             stack.enter_context(mock.patch.object(module, "is_of_own_experts", lambda p: placement.ranks_of_experts(p) > 1))
         stack.enter_context(pytest.raises(AdapterFault, match="replicated parameters differ"))
         run(rank, assets, output, options)

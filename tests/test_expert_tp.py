@@ -11,9 +11,10 @@ from d9d_lora.boxes import axes_in_blocks, index_of, shard
 from d9d_lora.layers import grouped
 from d9d_lora.layers.experts import AdaptedExperts
 from d9d_lora.measure import traffic
-from d9d_lora.placement import ReplicatedSum, full_of, local_of
+from d9d_lora.placement import full_of, local_of
 from d9d_lora.registry import peft_method_from_config
 from d9d_lora.state.peft_format import load_adapter_weights, save_adapter
+from d9d_lora.sums import ReplicatedSum
 from d9d_lora.train import model as models
 from d9d_lora.train.config import ModelConfig, ParallelConfig
 from d9d_lora.train.world import World, join

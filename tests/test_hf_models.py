@@ -8,7 +8,8 @@ import torch.distributed as dist
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from d9d_lora import inject_peft_and_freeze, peft_method_from_config
-from d9d_lora.placement import ReplicatedSum, fill_, full_of
+from d9d_lora.placement import fill_, full_of
+from d9d_lora.sums import ReplicatedSum
 from d9d_lora.train import model as models
 from d9d_lora.train.config import ModelConfig, ParallelConfig
 from d9d_lora.train.world import World, join

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from d9d_lora import inject_peft_and_freeze, merge_peft, peft_method_from_config, unmerge_peft
-from d9d_lora.placement import ReplicatedSum, fill_, full_of
+from d9d_lora.placement import fill_, full_of
 from d9d_lora.styles import for_conv1d, parallelize_adapted
+from d9d_lora.sums import ReplicatedSum
 from d9d_lora.walk import adapted_layers
 from tests.catalogue import (
     LAYERS,

@@ -14,8 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalL
 from d9d_lora import inject_peft_and_freeze, loralib, merge_peft, peft_method_from_config, unmerge_peft
 from d9d_lora.layers import AdaptedConv
 from d9d_lora.layers.parameter import AdaptedParameter
-from d9d_lora.placement import ReplicatedSum, full_of, local_of
+from d9d_lora.placement import full_of, local_of
 from d9d_lora.styles import parallelize_adapted
+from d9d_lora.sums import ReplicatedSum
 from d9d_lora.train.model import sum_gradients
 from d9d_lora.walk import adapted_layers
 from tests.catalogue import LAYOUTS, VOCAB, WIDTH, Block, Experts, Matrix, batch, dp_rank, mesh_of

@@ -16,7 +16,7 @@ from d9d_lora.methods import lokr
 from d9d_lora.methods.delta import Geometry
 from d9d_lora.methods.loha import LoHaDelta, product_is_cheaper
 from d9d_lora.methods.lokr import LoKrDelta, factorise
-from d9d_lora.placement import ReplicatedSum
+from d9d_lora.sums import ReplicatedSum
 from d9d_lora.walk import adapted_layers, clock_of
 from tests.catalogue import LAYOUTS, batch, build, dp_rank
 from tests.test_laws import PARALLEL, close, grads_of, law_of_gradients, make, wake

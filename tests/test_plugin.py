@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from d9d_lora import inject_peft_and_freeze, merge_peft, peft_method_from_config, registry
-from d9d_lora.placement import ReplicatedSum
+from d9d_lora.sums import ReplicatedSum
 from d9d_lora.walk import adapted_layers
 from tests.catalogue import LAYERS, LAYOUTS, batch, build
 from tests.test_laws import backward, close, grads_of, make, wake

@@ -16,8 +16,8 @@ from d9d_lora.layers import AdaptedLinear
 from d9d_lora.layers.chooser import ColumnPath, Group, gathered, rank_space
 from d9d_lora.layers.rank_space import Tokens
 from d9d_lora.measure import flops, saved_bytes, traffic
-from d9d_lora.placement import ReplicatedSum
 from d9d_lora.styles import HandShards, parallelize_adapted, take_column_path
+from d9d_lora.sums import ReplicatedSum
 from d9d_lora.train.config import ParallelConfig
 from d9d_lora.walk import adapted_layers, clock_of
 from tests import catalogue, test_hf_models, test_laws

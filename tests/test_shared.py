@@ -16,8 +16,9 @@ from d9d_lora import inject_peft_and_freeze, merge_peft, peft_method_from_config
 from d9d_lora.layers.base import AdaptedLayer
 from d9d_lora.layers.shared import SharedFactor
 from d9d_lora.methods.vblora import INDICES, WEIGHTS, blocks_of, index_dtype, logits_of, read_small_form_, small_form
-from d9d_lora.placement import ReplicatedSum, full_of
+from d9d_lora.placement import full_of
 from d9d_lora.state.native_format import load_trained, save_trained
+from d9d_lora.sums import ReplicatedSum
 from d9d_lora.train.model import recompute
 from d9d_lora.walk import adapted_layers, adapter_tensors
 from tests.catalogue import LAYOUTS, METHODS, Toy, batch, build, mesh_of, peft_config, plan_of, shard_data_parallel

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from d9d_lora import placement
+from d9d_lora import sums
 from d9d_lora.measure import traffic
 from d9d_lora.placement import local_of
 from d9d_lora.train import build, checks, replicated, trainer
@@ -382,18 +382,18 @@ def test_large_matrices_trained_whole_stay_sharded(pool, assets, tmp_path):
 
 def faulty_sum(rank, assets, output, overrides, times):
     """Data parallelism's sum is left out, or taken twice."""
-    real = placement._add
+    real = sums._add
 
     def add(params, group, *, counted):
         return sum(real(params, group, counted=counted) for _ in range(times if counted else 1))
 
-    placement._add = add
+    sums._add = add
     try:
         return run(rank, assets, output, {**overrides, "train__steps": 1})
     except checks.AdapterFault as fault:
         return str(fault)
     finally:
-        placement._add = real
+        sums._add = real
 
 
 @pytest.mark.parametrize("layout", ["fsdp2_whole", "fsdp2_tp2_sp_whole"])
@@ -416,7 +416,7 @@ def a_layer_that_one_rank_leaves_out(rank):
     if rank == 1:
         p[1].grad = torch.full_like(p[1], 5.0)
     with traffic() as moved:
-        travelled = placement.ReplicatedSum([], over_data=p, data=group).reduce()
+        travelled = sums.ReplicatedSum([], over_data=p, data=group).reduce()
     return [None if q.grad is None else q.grad.tolist() for q in p], travelled, dict(moved.count)
 
 

@@ -36,7 +36,8 @@ from d9d_lora.adapters import AdapterConfig, AdapterMethod
 from d9d_lora.layers import AdaptedLayer
 from d9d_lora.method import InjectionError, PeftInjectionResult
 from d9d_lora.methods.delta import Cost, Delta, Draw, Parts
-from d9d_lora.placement import box_of, full_of, gather_flat, local_of, sum_over_boxes
+from d9d_lora.placement import box_of, full_of, local_of
+from d9d_lora.sums import gather_flat, sum_over_boxes
 from d9d_lora.walk import adapted_layers
 
 

@@ -18,7 +18,7 @@ from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.layers.stacked import Stacked
 from d9d_lora.method import PeftMethod
 from d9d_lora.mixture import stacks
-from d9d_lora.placement import ReplicatedSum, at_least_fp32, is_of_own_experts
+from d9d_lora.placement import at_least_fp32, is_of_own_experts
 from d9d_lora.registry import peft_method_from_config
 from d9d_lora.share_experts import share_experts
 from d9d_lora.state.mappers import ModelStateMapper
@@ -26,6 +26,7 @@ from d9d_lora.state.names import clean
 from d9d_lora.state.peft_format import holds_all
 from d9d_lora.state.reader import LoadReport
 from d9d_lora.styles import take_column_path
+from d9d_lora.sums import ReplicatedSum
 from d9d_lora.train import model as models
 from d9d_lora.train.batches import ROWS_OF
 from d9d_lora.train.config import RunConfig
