@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from d9d_lora.demo import DemoError, _quiet
 from d9d_lora.generate import Chat, answer
 from d9d_lora.inject import inject_peft_and_freeze
-from d9d_lora.state.peft_format import load_adapter_weights, method_of
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import method_of
 from d9d_lora.train.report import size
 
 TOLERANCE = 1e-4  # of the largest logit

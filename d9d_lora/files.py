@@ -28,14 +28,16 @@ from d9d_lora.method import PeftMethod
 from d9d_lora.methods.delta import DoesNotFit
 from d9d_lora.methods.stack import PeftStack
 from d9d_lora.quant.linear import NF4Linear
-from d9d_lora.state import peft_format
+from d9d_lora.state import peft_save
 from d9d_lora.state.atomic import TEMPORARY, RanksFailed, decided, install, sync
 from d9d_lora.state.names import clean
 from d9d_lora.state.native_format import METHOD, load_trained, method_of_trained, save_trained
 from d9d_lora.state.native_format import WEIGHTS as TRAINED
 from d9d_lora.state.peft_config import AdapterError, dump
-from d9d_lora.state.peft_format import Collected, load_adapter_weights, read_back, write_collected, write_tensors
+from d9d_lora.state.peft_load import load_adapter_weights
 from d9d_lora.state.peft_read import IN_HEADER, method_of
+from d9d_lora.state.peft_save import Collected, read_back, write_collected, write_tensors
+from d9d_lora.state.peft_trained import holds_all
 from d9d_lora.walk import adapted_layers
 
 SINGLE, GGUF = ".safetensors", ".gguf"
@@ -68,8 +70,8 @@ def save_adapter(
     elif final.suffix == GGUF:
         config = _base_config(model)
         write_collected(model, final, lambda c: _write_gguf(final, c, config), look=_refuse_directory, base=base, task_type=task_type)
-    elif method is None or peft_format.holds_all(model):
-        peft_format.save_adapter(model, final, base=base, task_type=task_type)
+    elif method is None or holds_all(model):
+        peft_save.save_adapter(model, final, base=base, task_type=task_type)
     else:
         _save_ours(model, final, method)
 
@@ -158,7 +160,7 @@ def _write_gguf(final: Path, collected: Collected, config: BaseConfig) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "adapter"
-        peft_format.write_directory(directory, collected)
+        peft_save.write_directory(directory, collected)
         final.parent.mkdir(parents=True, exist_ok=True)
         write_gguf(directory, final, base_config=config)
 

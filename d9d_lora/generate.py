@@ -12,7 +12,8 @@ import torch
 
 from d9d_lora.inject import inject_peft_and_freeze
 from d9d_lora.keyvalue import Key, UsageError
-from d9d_lora.state.peft_format import load_adapter_weights, method_of
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import method_of
 
 KEYS = {
     "model.path": Key("directory of the base model, or of a merged one"),

@@ -17,7 +17,7 @@ from torch import nn
 
 from d9d_lora import LoRA, LoRAConfig, LoRAParameters, inject_peft_and_freeze
 from d9d_lora.state.checkpoint import Checkpoints
-from d9d_lora.state.peft_format import adapter_writer
+from d9d_lora.state.peft_save import adapter_writer
 from d9d_lora.train.config import OptimConfig
 from d9d_lora.train.optim import adamw, optimiser_state
 from d9d_lora.walk import adapted_layers

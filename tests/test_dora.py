@@ -18,7 +18,10 @@ from d9d_lora.methods import dora
 from d9d_lora.methods.dora import MAGNITUDE, DoRADelta
 from d9d_lora.methods.lora import LoRADelta
 from d9d_lora.placement import Placing
-from d9d_lora.state.peft_format import AdapterError, load_adapter_weights, method_of, save_adapter
+from d9d_lora.state.peft_config import AdapterError
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import method_of
+from d9d_lora.state.peft_save import save_adapter
 from d9d_lora.walk import adapted_layers
 from tests.catalogue import HIDDEN, LAYERS, LAYOUTS, WIDTH, batch, build, mesh_of, plan_of
 from tests.small_run import losses, make_assets, run

@@ -17,7 +17,9 @@ from d9d_lora.state.merge_edit import Add
 from d9d_lora.state.merge_files import merge_files
 from d9d_lora.state.native_format import save_trained
 from d9d_lora.state.peft_config import AdapterError
-from d9d_lora.state.peft_format import load_adapter_weights, method_of, save_adapter
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import method_of
+from d9d_lora.state.peft_save import save_adapter
 from d9d_lora.walk import adapted_layers
 from tests.test_experts import FAMILIES, IDS, STACKS, model_of
 from tests.test_laws import wake

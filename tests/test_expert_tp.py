@@ -13,7 +13,8 @@ from d9d_lora.layers.experts import AdaptedExperts
 from d9d_lora.measure import traffic
 from d9d_lora.placement import full_of, local_of
 from d9d_lora.registry import peft_method_from_config
-from d9d_lora.state.peft_format import load_adapter_weights, save_adapter
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_save import save_adapter
 from d9d_lora.sums import ReplicatedSum
 from d9d_lora.train import model as models
 from d9d_lora.train.config import ModelConfig, ParallelConfig

@@ -15,7 +15,9 @@ from d9d_lora.export.profiles import PROFILES, ExportError, Job, export, vllm_ra
 from d9d_lora.export.sketch import sketch_of_directory, sketch_of_model
 from d9d_lora.state.merge_files import merge_files
 from d9d_lora.state.peft_config import AdapterError
-from d9d_lora.state.peft_format import load_adapter_weights, method_of, save_adapter
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import method_of
+from d9d_lora.state.peft_save import save_adapter
 from d9d_lora.train.config import ExportConfig
 from tests import small_run
 from tests.parity.test_peft_format import base, logits, stir

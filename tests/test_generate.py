@@ -12,7 +12,7 @@ from d9d_lora import inject_peft_and_freeze, peft_method_from_config
 from d9d_lora.generate import answer, load
 from d9d_lora.keyvalue import Key, UsageError, parse
 from d9d_lora.state.merge_files import merge_files
-from d9d_lora.state.peft_format import save_adapter
+from d9d_lora.state.peft_save import save_adapter
 from tests.parity.test_peft_format import SMALL, stir
 from tests.tiny_tokenizer import CHAT, tiny_tokenizer
 

@@ -19,7 +19,8 @@ from d9d_lora import files, inject_peft_and_freeze, peft_method_from_config
 from d9d_lora.quant import nf4
 from d9d_lora.state import merge_edit, merge_probe, merge_work
 from d9d_lora.state.merge_files import merge_files
-from d9d_lora.state.peft_format import AdapterError, save_adapter
+from d9d_lora.state.peft_config import AdapterError
+from d9d_lora.state.peft_save import save_adapter
 from d9d_lora.state.safetensors_dir import CheckpointError
 from tests.parity.test_peft_format import CASES, SMALL, adapted, base, logits, stir
 from tests.tiny_tokenizer import tiny_tokenizer

@@ -15,8 +15,8 @@ from d9d_lora.state.merge_files import merge_files
 from d9d_lora.state.merge_live import save_merged
 from d9d_lora.state.native_format import save_trained
 from d9d_lora.state.peft_config import AdapterError
-from d9d_lora.state.peft_format import save_adapter
 from d9d_lora.state.peft_kinds import holds
+from d9d_lora.state.peft_save import save_adapter
 from d9d_lora.walk import adapted_layers
 from tests.catalogue import EVERY_CELL, LAYERS, LAYOUTS, METHODS, build
 from tests.parity.test_peft_format import logits, stir

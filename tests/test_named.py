@@ -27,7 +27,9 @@ from d9d_lora.combine import keep_at_random
 from d9d_lora.layers import among
 from d9d_lora.named import hosts
 from d9d_lora.placement import fill_, full_of, local_of
-from d9d_lora.state.peft_format import load_adapter_weights, method_of, save_adapter
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import method_of
+from d9d_lora.state.peft_save import save_adapter
 from d9d_lora.styles import for_conv1d, parallelize_adapted
 from d9d_lora.sums import ReplicatedSum
 from d9d_lora.walk import adapted_layers, adapter_tensors

@@ -7,7 +7,10 @@ import torch
 
 from d9d_lora import inject_peft_and_freeze, merge_peft, peft_method_from_config
 from d9d_lora.state.merge_files import merge_files
-from d9d_lora.state.peft_format import AdapterError, load_adapter_weights, method_of, save_adapter
+from d9d_lora.state.peft_config import AdapterError
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import method_of
+from d9d_lora.state.peft_save import save_adapter
 from tests.parity.test_peft_format import IDS, base, logits, stir
 from tests.small_run import losses, make_assets, run
 

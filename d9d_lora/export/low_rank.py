@@ -28,8 +28,8 @@ from d9d_lora.methods.delta import Parts
 from d9d_lora.methods.dora import gain_of
 from d9d_lora.placement import at_least_fp32, full_of
 from d9d_lora.state.peft_config import WEIGHTS, AdapterError
-from d9d_lora.state.peft_format import load_adapter_weights, method_of
-from d9d_lora.state.peft_read import meanings, read_adapter_config
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import meanings, method_of, read_adapter_config
 from d9d_lora.state.safetensors_dir import CheckpointFiles, open_checkpoint
 from d9d_lora.walk import adapted_layers
 

@@ -3,7 +3,7 @@
     method.json           the method's config, with its `kind`
     weights.safetensors   every trained tensor, whole, under its name
 
-An adapter that PEFT knows is written as PEFT's directory instead (`peft_format.py`).
+An adapter that PEFT knows is written as PEFT's directory instead (`peft_save.py`).
 """
 
 import json

@@ -23,7 +23,7 @@ from d9d_lora.registry import peft_method_from_config
 from d9d_lora.share_experts import share_experts
 from d9d_lora.state.mappers import ModelStateMapper
 from d9d_lora.state.names import clean
-from d9d_lora.state.peft_format import holds_all
+from d9d_lora.state.peft_trained import holds_all
 from d9d_lora.state.reader import LoadReport
 from d9d_lora.styles import take_column_path
 from d9d_lora.sums import ReplicatedSum

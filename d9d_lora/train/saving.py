@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from d9d_lora.state.atomic import decided
 from d9d_lora.state.checkpoint import CheckpointError, Found
 from d9d_lora.state.native_format import trained_writer
-from d9d_lora.state.peft_format import adapter_writer
+from d9d_lora.state.peft_save import adapter_writer
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.train.batches import Batches
 from d9d_lora.train.build import Built

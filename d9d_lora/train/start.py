@@ -34,7 +34,7 @@ from d9d_lora.state.atomic import RanksFailed, decided, together
 from d9d_lora.state.native_format import METHOD, load_trained, method_of_trained
 from d9d_lora.state.native_format import WEIGHTS as TRAINED
 from d9d_lora.state.peft_config import CONFIG, WEIGHTS, AdapterError
-from d9d_lora.state.peft_format import load_adapter_weights
+from d9d_lora.state.peft_load import load_adapter_weights
 from d9d_lora.state.peft_read import method_of
 from d9d_lora.state.reader import LoadReport, named_state
 from d9d_lora.state.safetensors_dir import CheckpointError

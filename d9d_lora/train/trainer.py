@@ -25,7 +25,7 @@ from d9d_lora.measure import max_memory
 from d9d_lora.placement import key_of
 from d9d_lora.state.atomic import RanksFailed, decided, together, write_text
 from d9d_lora.state.checkpoint import CheckpointError, CheckpointFailed, Checkpoints
-from d9d_lora.state.peft_format import AdapterError
+from d9d_lora.state.peft_config import AdapterError
 from d9d_lora.train import model as models
 from d9d_lora.train.batches import MicroBatch
 from d9d_lora.train.build import Built, of_length

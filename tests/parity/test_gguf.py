@@ -17,7 +17,9 @@ from d9d_lora.export.gguf_file import GGUFFile
 from d9d_lora.export.gguf_names import ARCHITECTURES, base_of
 from d9d_lora.state import expert_layouts
 from d9d_lora.state.peft_config import AdapterError
-from d9d_lora.state.peft_format import load_adapter_weights, method_of, save_adapter
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import method_of
+from d9d_lora.state.peft_save import save_adapter
 from d9d_lora.targets import by_name
 from tests.parity.test_peft_format import stir
 

@@ -13,7 +13,10 @@ from d9d_lora import inject_peft_and_freeze, merge_peft, peft_method_from_config
 from d9d_lora.methods import peft_fields
 from d9d_lora.methods.peft_fields import from_peft
 from d9d_lora.state.merge_files import merge_files
-from d9d_lora.state.peft_format import AdapterError, load_adapter_weights, method_of, save_adapter
+from d9d_lora.state.peft_config import AdapterError
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import method_of
+from d9d_lora.state.peft_save import save_adapter
 from tests.catalogue import LAYOUTS
 from tests.parity.test_peft_format import base, logits, peft_load, stir
 from tests.test_laws import make, wake

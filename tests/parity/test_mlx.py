@@ -12,7 +12,9 @@ from d9d_lora.export.low_rank import read_products
 from d9d_lora.export.mlx import SAME_NAMES, keys_of, mlx_to_peft
 from d9d_lora.export.profiles import ExportError, Job, export
 from d9d_lora.state.peft_config import AdapterError
-from d9d_lora.state.peft_format import load_adapter_weights, method_of, save_adapter
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import method_of
+from d9d_lora.state.peft_save import save_adapter
 from tests.parity.test_peft_format import IDS, SMALL, base, logits, stir
 
 mx = pytest.importorskip("mlx.core")

@@ -12,8 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from d9d_lora import inject_peft_and_freeze, peft_method_from_config
 from d9d_lora.placement import fill_
-from d9d_lora.state import peft_format
-from d9d_lora.state.peft_format import AdapterError, load_adapter_weights, method_of, read_adapter_config, save_adapter
+from d9d_lora.state import peft_save
+from d9d_lora.state.peft_config import AdapterError
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import method_of, read_adapter_config
+from d9d_lora.state.peft_save import save_adapter
 from d9d_lora.state.safetensors_dir import CheckpointError
 from d9d_lora.walk import adapted_layers
 from tests.catalogue import LAYOUTS, batch
@@ -261,7 +264,7 @@ def test_directories_that_are_not_ours_are_left_alone(tmp_path):
 @pytest.mark.parametrize("fill", [False, True])
 def test_a_disk_that_lies_is_caught_and_nothing_is_left(tmp_path, monkeypatch, fill):
     _, model = adapted("llama")
-    write = peft_format.write_safetensors
+    write = peft_save.write_safetensors
 
     def flip(path, *args):
         write(path, *args)
@@ -269,7 +272,7 @@ def test_a_disk_that_lies_is_caught_and_nothing_is_left(tmp_path, monkeypatch, f
         data[-5] ^= 1
         path.write_bytes(data)
 
-    monkeypatch.setattr(peft_format, "write_safetensors", flip)
+    monkeypatch.setattr(peft_save, "write_safetensors", flip)
     if fill:
         (tmp_path / "a").mkdir()
     with pytest.raises(AdapterError, match="reads back otherwise"):
@@ -450,9 +453,9 @@ def test_what_was_trained_is_what_is_saved(pool, tmp_path, layout):
 
 def _save_mutated(rank, path, fault):
     if fault == "slice":
-        peft_format._gathered = lambda p: p.to_local() if isinstance(p, DTensor) else p
+        peft_save._gathered = lambda p: p.to_local() if isinstance(p, DTensor) else p
     elif fault == "disk" and rank == 0:
-        peft_format.write_safetensors = _no_disk
+        peft_save.write_safetensors = _no_disk
     try:
         save_adapter(trained_on("fsdp2", "linear"), path)
     except AdapterError as error:
@@ -460,7 +463,7 @@ def _save_mutated(rank, path, fault):
     finally:
         import importlib
 
-        importlib.reload(peft_format)
+        importlib.reload(peft_save)
     return ""
 
 

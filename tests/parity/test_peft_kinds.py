@@ -13,9 +13,12 @@ from torch import nn
 
 from d9d_lora import inject_peft_and_freeze, peft_method_from_config
 from d9d_lora.placement import box_of, local_of
-from d9d_lora.state.peft_format import AdapterError, load_adapter_weights, method_of, read_adapter_config, save_adapter
+from d9d_lora.state.peft_config import AdapterError
 from d9d_lora.state.peft_kinds import DIALECTS, holds
 from d9d_lora.state.peft_kinds.adalora import AdaLoRADialect
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import method_of, read_adapter_config
+from d9d_lora.state.peft_save import save_adapter
 from d9d_lora.state.safetensors_dir import CheckpointError
 from d9d_lora.walk import adapted_layers
 from tests.catalogue import LAYOUTS

@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from d9d_lora import inject_peft_and_freeze, peft_method_from_config
 from d9d_lora.placement import local_of
-from d9d_lora.state.peft_format import AdapterError, load_adapter_weights, method_of, save_adapter
+from d9d_lora.state.peft_config import AdapterError
+from d9d_lora.state.peft_load import load_adapter_weights
+from d9d_lora.state.peft_read import method_of
+from d9d_lora.state.peft_save import save_adapter
 from d9d_lora.state.safetensors_dir import CheckpointError
 from tests.catalogue import LAYOUTS
 from tests.parity.test_peft_format import base, logits, stir

@@ -15,9 +15,9 @@ A dialect (`dialect.py`) says, without any state:
                 repeated(files, layers)        keys that may be there and say nothing new
                 filled(layers, config)         what is left to do once all is read
 
-What they all have in common stands once elsewhere: biases, modules trained whole, copies of base weights, tensors gathered and written
-(`peft_format.py`), files opened and keys sorted (`peft_read.py`). A new kind is a subclass and a row here. An adapter belongs to the
-first dialect that has no refusal; a file, to that of its `peft_type`.
+What they all have in common stands once elsewhere: biases and modules trained whole (`peft_trained.py`), tensors gathered and written
+(`peft_save.py`), read, copies of base weights compared (`peft_load.py`), files opened and keys sorted (`peft_read.py`). A new kind is a
+subclass and a row here. An adapter belongs to the first dialect that has no refusal; a file, to that of its `peft_type`.
 """
 
 from collections.abc import Iterable, Sequence
