@@ -397,19 +397,19 @@ def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(pool: Pool, 
 def beside(rank: int, root: Path, copies: bool) -> tuple[list[str], bool, bool]:
     """A save that is under way while the state changes and the step's own collectives run; ranks reach it at other times."""
     state, checkpoints, gate = job("fsdp2xtp2"), Checkpoints(root), threading.Event()
-    copied, write = checkpoint._copied, checkpoint._write_tensors
+    copied, write = checkpoint.copied, checkpoint.write_tensors
 
     def held(folder: Path, tensors: Any) -> None:
         assert gate.wait(30)
         write(folder, tensors)
 
-    checkpoint._write_tensors = held
+    checkpoint.write_tensors = held
     if not copies:  # mutant
-        checkpoint._copied = lambda t: t
+        checkpoint.copied = lambda t: t
     try:
         checkpoints.save(3, state, {}, wait=False)
     finally:
-        checkpoint._copied = copied
+        checkpoint.copied = copied
     for n in range(20):
         total = torch.tensor([rank + n])
         dist.all_reduce(total)
@@ -420,7 +420,7 @@ def beside(rank: int, root: Path, copies: bool) -> tuple[list[str], bool, bool]:
     gate.set()
     dist.barrier()
     checkpoints.wait()
-    checkpoint._write_tensors = write
+    checkpoint.write_tensors = write
     found = checkpoints.find("must")
     assert found is not None
     found.load(state)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorPr
 
 from d9d_lora import inject_peft_and_freeze, peft_method_from_config
 from d9d_lora.method import InjectionError
-from d9d_lora.state.checkpoint import _collide
+from d9d_lora.state.checkpoint_tensors import _collide
 from d9d_lora.state.safetensors_dir import CheckpointError, open_checkpoint
 from tests.fuzz import CONFIG, KINDS, METHOD, OURS, THOROUGH, WEIGHTS, attempt, campaign, copy, model, snapshot
 

@@ -3,7 +3,7 @@
 ```
 <root>/step_00000200/{state/, adapter/, trainer.json, COMPLETE}   <root>/latest   <root>/best
 ```
-`state/` holds tensors by name (trained weights, optimiser moments), each rank's shards in its own safetensors file;
+`state/` holds tensors by name (trained weights, optimiser moments), each rank's shards in its own file (`checkpoint_tensors.py`);
 `trainer.json` the JSON document of the trainer and the list of tensors; `COMPLETE` the SHA-256 and size of every file.
 A directory gets its `step_` name by one rename after all of it is on the disk. `latest` and `best` hold such a name.
 
@@ -15,21 +15,8 @@ collectives go over a gloo group of its own. It never waits for the thread of a 
 is held up by it. One save is under way at a time: the next one, and the end of a run, `wait()` for it, and are told then if
 it failed. Until its last rename a save changes nothing that a reader looks at; so a process that is killed leaves the
 checkpoint before, as from a save that is waited for.
-
-[Note: DCP with safetensors]
-torch's distributed checkpoint (DCP) divides the writing, drops replicas and reshards at the read. Its own format keeps
-a pickled `.metadata`, and a pickle is a program; so its Hugging Face storage is used, where the offsets of a shard
-stand in the safetensors header. Three things it leaves open are closed here: (1) it refuses non-contiguous shards, so
-they are made contiguous; (2) it reads every safetensors file in the folder, so one that COMPLETE does not list is
-refused; (3) it ignores what a job does not ask for and leaves a hole as it was, so names, shapes, dtypes and coverage
-are compared first, against the list in trainer.json.
-
-[Note: parts that are no box]
-DCP knows boxes. Where a rank holds several runs of a dimension (`boxes.py`: gate above up under tensor parallelism), the tensor is made
-whole along that axis of the mesh before it is written, and read as a whole: factors and their moments, no weights.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -40,33 +27,35 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, Replicate
 
-from d9d_lora.boxes import axes_in_blocks, index_of, outline_of, without_blocks
-from d9d_lora.placement import local_of
 from d9d_lora.state import atomic
-from d9d_lora.state.atomic import Damaged, RanksFailed, agreeing_group, agreeing_over, decided, gather, rank_and_world, together
-from d9d_lora.state.safetensors_dir import read_header
+from d9d_lora.state.atomic import Damaged, RanksFailed, agreeing_over, decided, gather, rank_and_world, together
+from d9d_lora.state.checkpoint_tensors import (
+    ONE_PROCESS,
+    Index,
+    as_boxes,
+    check_headers,
+    compared,
+    copied,
+    listed,
+    read_tensors,
+    some,
+    union,
+    write_tensors,
+)
 from d9d_lora.state.untrusted import MAX_JSON, open_regular, read_json
 
 VERSION = 1
 STATE, DOCUMENT, COMPLETE, LATEST, BEST = "state", "trainer.json", "COMPLETE", "latest", "best"
 _STEP_NAME = re.compile(r"step_\d{8}")
 _EXTRA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_ONE_PROCESS = "torch.distributed is disabled"  # DCP's warning; one process without a group is an ordinary case here
 _SEEN_WITHIN_S = 10.0  # network file systems show another node's file a little later
-
-Index = dict[str, tuple[tuple[int, ...], str]]  # name -> (global shape, dtype)
 
 
 class CheckpointError(RuntimeError):
@@ -93,58 +82,17 @@ class Found:
         `CheckpointError` names every difference and nothing has been written to.
         """
         try:
-            index = together("comparing the checkpoint with the job", lambda: self._compare(tensors))
-            asked = _union(index)
+            index = together("comparing the checkpoint with the job", lambda: compared(tensors, self.index))
+            asked = union(index)
             if unknown := sorted(set(self.index) - set(asked)):
                 raise CheckpointError(
-                    f"{self.path} holds {len(unknown)} tensors that no rank of this job expects: {_some(unknown)}. "
+                    f"{self.path} holds {len(unknown)} tensors that no rank of this job expects: {some(unknown)}. "
                     "The run it came from trained something else: resume with its configuration."
                 )
-            decided("reading the headers of the checkpoint", self._check_headers)
-            together("reading the tensors of the checkpoint", lambda: self._read(tensors))
+            decided("reading the headers of the checkpoint", lambda: check_headers(self.path / STATE, self.index))
+            together("reading the tensors of the checkpoint", lambda: read_tensors(self.path / STATE, tensors))
         except RanksFailed as error:
             raise CheckpointError(f"{self.path} was not loaded. {error}") from error
-
-    def _compare(self, tensors: Mapping[str, Tensor]) -> Index:
-        index = _index(tensors)
-        wrong = [f"{name} is missing in the checkpoint" for name in index if name not in self.index]
-        for name in sorted(index.keys() & self.index.keys()):
-            if index[name] != self.index[name]:
-                wrong.append(
-                    f"{name} is {_spell(self.index[name])} in the checkpoint, {_spell(index[name])} in the job"
-                )
-            elif tensors[name].is_meta:
-                wrong.append(f"{name} is on the meta device: allocate it before the load")
-        if wrong:
-            raise CheckpointError(f"{len(wrong)} tensors do not fit: {_some(wrong)}")
-        return index
-
-    def _read(self, tensors: Mapping[str, Tensor]) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_ONE_PROCESS)
-            boxes = {name: _box_for(tensor) for name, tensor in sorted(tensors.items())}
-            dcp.load(boxes, storage_reader=HuggingFaceStorageReader(str(self.path / STATE)))
-        for name, box in boxes.items():
-            if box is not tensors[name]:
-                local_of(tensors[name]).copy_(_own_part(local_of(box), tensors[name]))
-
-    def _check_headers(self) -> None:
-        """The shards of each tensor must cover it: DCP would leave a hole as it was and say nothing."""
-        for file in sorted((self.path / STATE).rglob("*.safetensors")):
-            read_header(file)  # DCP believes what a header says
-        headers = HuggingFaceStorageReader(str(self.path / STATE)).read_metadata().state_dict_metadata
-        if wrong := sorted(headers.keys() ^ self.index.keys()):
-            raise Damaged(f"the files of {STATE}/ and {DOCUMENT} differ in {len(wrong)} tensors: {_some(wrong)}")
-        for name, (shape, dtype) in self.index.items():
-            header = headers[name]
-            assert isinstance(header, TensorStorageMetadata)
-            found = (tuple(header.size), str(header.properties.dtype).removeprefix("torch."))
-            there = sum(chunk.sizes.numel() for chunk in header.chunks)
-            if found != (shape, dtype) or there != header.size.numel() or _collide(header):
-                raise Damaged(
-                    f"{name}: the shards in {STATE}/ make {there} elements of {_spell(found)}; "
-                    f"{DOCUMENT} lists {_spell((shape, dtype))}"
-                )
 
 
 class Checkpoints:
@@ -182,16 +130,16 @@ class Checkpoints:
         those of `atomic`. A save that is still under way is waited for first; its failure is raised in the place of this save.
         """
         self.wait()
-        tensors = {name: _as_boxes(tensors[name]) for name in sorted(tensors)}
+        tensors = {name: as_boxes(tensors[name]) for name in sorted(tensors)}
         if wait:
             return self._save(step, tensors, document, extras, best)
         try:
-            copies, document = together("copying the state", lambda: ({n: _copied(t) for n, t in tensors.items()}, _frozen(document)))
+            copies, document = together("copying the state", lambda: ({n: copied(t) for n, t in tensors.items()}, _frozen(document)))
         except RanksFailed as error:
             raise CheckpointFailed(f"the save of step {step} failed: {error}. Training may go on.") from error
         if self._group is None and rank_and_world()[1] > 1:
             self._group = dist.new_group(backend="gloo")
-        warnings.filterwarnings("ignore", message=_ONE_PROCESS)  # here: a thread that changes and restores filters spoils those of others
+        warnings.filterwarnings("ignore", message=ONE_PROCESS)  # here: a thread that changes and restores filters spoils those of others
         self._under_way = _Background(lambda: self._save(step, copies, document, extras, best), self._group)
         return self.root / f"step_{step:08d}"
 
@@ -212,11 +160,11 @@ class Checkpoints:
         final, extras = self.root / f"step_{step:08d}", dict(sorted((extras or {}).items()))
         fresh: Path | None = None
         try:
-            index = together("listing the tensors", lambda: _index(tensors))
-            whole = _union(index, note=str([step, list(extras)]))
+            index = together("listing the tensors", lambda: listed(tensors))
+            whole = union(index, note=str([step, list(extras)]))
             fresh = decided("making the directory", lambda: self._begin(final, list(extras)))
             together("looking for the directory", lambda: _expect(fresh, [STATE, *extras]))
-            _write_tensors(fresh / STATE, tensors)
+            write_tensors(fresh / STATE, tensors)
             for name, write in extras.items():
                 together(f"writing {name}/", lambda name=name, write=write: write(fresh / name))  # type: ignore[misc]
             seen = {file: size for view in gather(_sizes(fresh)) for file, size in view.items()}
@@ -287,35 +235,6 @@ class Checkpoints:
                 atomic.discard(self.root / name)
 
 
-def _collide(header: TensorStorageMetadata) -> bool:
-    """Whether two shards share an element, or one lies outside: together with the sum of their elements, whether they cover the tensor."""
-    boxes = sorted([(at, at + length) for at, length in zip(chunk.offsets, chunk.sizes)] for chunk in header.chunks)
-    if any(begin < 0 or end > size for box in boxes for (begin, end), size in zip(box, header.size)):
-        return True
-    for number, box in enumerate(boxes):
-        for other in islice(boxes, number + 1, None):
-            if not box or other[0][0] >= box[0][1]:
-                break  # sorted: those behind begin later still
-            if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, other)):
-                return True
-    return False
-
-
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    ready = together("gathering the shards", lambda: {name: _contiguous(tensors[name]) for name in sorted(tensors)})
-
-    def write() -> None:
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(ready, storage_writer=writer, process_group=agreeing_group())
-
-    if threading.current_thread() is threading.main_thread():
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_ONE_PROCESS)
-            together(f"writing {STATE}/", write)
-    else:
-        together(f"writing {STATE}/", write)
-
-
 class _Background:
     """A save under way: [Note: saving beside the training]. Its thread is no daemon, so that a process that ends finishes it."""
 
@@ -342,80 +261,9 @@ class _Background:
             raise self._error
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    """A copy of this rank's part in CPU memory, with its placement."""
-    local = local_of(tensor.detach())
-    copy = torch.empty(local.shape, dtype=local.dtype)
-    copy.copy_(local)
-    # not by from_local, which would take it to the device of the mesh
-    return DTensor(copy, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copy
-
-
-def _as_boxes(tensor: Tensor) -> Tensor:
-    """[Note: parts that are no box]. Collective for these."""
-    blocked = axes_in_blocks(tensor)
-    if not blocked:
-        return tensor
-    assert isinstance(tensor, DTensor)
-    held: Any = tensor.detach()
-    return held.redistribute(placements=[Replicate() if i in blocked else p for i, p in enumerate(tensor.placements)])
-
-
-def _box_for(tensor: Tensor) -> Tensor:
-    """What a checkpoint is read into: the tensor, or a box that it is a part of. [Note: parts that are no box]"""
-    if not axes_in_blocks(tensor):
-        return tensor
-    outline = without_blocks(tensor)
-    assert isinstance(outline, DTensor)
-    return outline_of(outline, outline.placements, device=local_of(tensor).device)
-
-
-def _own_part(box: Tensor, tensor: Tensor) -> Tensor:
-    dims = {tensor.placements[i].dim for i in axes_in_blocks(tensor)}  # type: ignore[attr-defined]
-    return box[tuple(rows if dim in dims else slice(None) for dim, rows in enumerate(index_of(tensor)))]
-
-
 def _frozen(document: Mapping[str, Any]) -> dict[str, Any]:
     frozen: dict[str, Any] = json.loads(json.dumps(document))
     return frozen
-
-
-def _contiguous(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return tensor.contiguous()
-    local = tensor.to_local()
-    if local.is_contiguous():
-        return tensor
-    return DTensor.from_local(
-        local.contiguous(), tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
-    )
-
-
-def _index(tensors: Mapping[str, Tensor]) -> Index:
-    for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
-            raise ValueError(f"{name} is {tensor.placements}: a part of a sum is no value; redistribute it first")
-    return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in sorted(tensors.items())}
-
-
-def _union(index: Index, note: str = "") -> Index:
-    """The index over all ranks. Mostly they agree, which a hash settles; pipeline stages name different ones.
-
-    `note` must be the same on every rank.
-    """
-    same = gather((hashlib.sha256(repr(sorted(index.items())).encode()).hexdigest(), note))
-    if len({note for _, note in same}) > 1:
-        raise RanksFailed("agreeing on step and extras", {rank: note for rank, (_, note) in enumerate(same)})
-    if len(set(same)) == 1:
-        return index
-    whole: Index = {}
-    for rank, part in enumerate(gather(index)):
-        for name, entry in part.items():
-            if whole.setdefault(name, entry) != entry:
-                text = f"{name} is {_spell(entry)} here and {_spell(whole[name])} on a rank before"
-                raise RanksFailed("listing the tensors", {rank: text})
-    return dict(sorted(whole.items()))
 
 
 def _choose(root: Path, choice: str) -> Found | None:
@@ -507,15 +355,9 @@ def _wait(root: Path, lacking: Callable[[], list[str]]) -> None:
     while missing := lacking():
         if time.monotonic() > deadline:
             raise FileNotFoundError(
-                f"this rank does not see {_some(missing)}, which other ranks do: "
+                f"this rank does not see {some(missing)}, which other ranks do: "
                 f"{root.parent} must be on a file system that all nodes share"
             )
         time.sleep(0.05)
 
 
-def _spell(entry: tuple[tuple[int, ...], str]) -> str:
-    return f"{entry[1]}{list(entry[0])}"
-
-
-def _some(items: list[str], most: int = 10) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
