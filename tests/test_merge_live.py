@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from d9d_lora import inject_peft_and_freeze, merge_peft, peft_method_from_config
 from d9d_lora.placement import full_of, local_of
-from d9d_lora.state import merge_live
+from d9d_lora.state import live_model, merge_live
 from d9d_lora.state.merge_files import merge_files
 from d9d_lora.state.merge_live import save_merged
 from d9d_lora.state.native_format import save_trained
@@ -144,11 +144,11 @@ def broken(rank, root, what):
     model, _ = awake("lora", "linear", "fsdp2")
     patch = pytest.MonkeyPatch()
     if what == "a box in another place":
-        patch.setattr(merge_live, "_place", lambda whole, part, runs: whole[: part.shape[0]].copy_(part))
+        patch.setattr(live_model, "_place", lambda whole, part, runs: whole[: part.shape[0]].copy_(part))
     if what == "the disk is full" and rank == 0:
         patch.setattr(merge_live, "build", lambda *a, **k: (_ for _ in ()).throw(OSError(what)))
     if what == "out of memory" and rank == 1:
-        patch.setattr(merge_live, "local_of", lambda t: (_ for _ in ()).throw(RuntimeError(what)))
+        patch.setattr(live_model, "local_of", lambda t: (_ for _ in ()).throw(RuntimeError(what)))
     try:
         save_merged(model, Path(root, "out"), base=Path(root, "base"))
         return None
@@ -224,18 +224,18 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_written(tmp_path):
 def measured(rank, root):
     model, _ = awake("lora", "linear_bias", "fsdp2")
     seen = []
-    real = merge_live._Live._together
+    real = live_model.Live._together
 
     def watch(self, tensor):
         whole = real(self, tensor)
         seen.append(self.most)
         return whole
 
-    merge_live._Live._together = watch
+    live_model.Live._together = watch
     try:
         save_merged(model, Path(root, "out"))
     finally:
-        merge_live._Live._together = real
+        live_model.Live._together = real
     return max(seen), max(full_of(p.detach()).nbytes for p in model.parameters())
 
 
