@@ -16,7 +16,8 @@ from d9d_lora.inject import inject_peft_and_freeze, merge_peft, unmerge_peft
 from d9d_lora.layers import GroupedLinear
 from d9d_lora.method import PeftInjectionResult, PeftMethod
 from d9d_lora.methods.full_tune import FullTune, FullTuneConfig
-from d9d_lora.methods.lora import LoRA, LoRAConfig, LoRAGroupedLinear, LoRALinear, LoRAParameters
+from d9d_lora.methods.lora import LoRA, LoRAConfig, LoRAGroupedLinear, LoRALinear
+from d9d_lora.methods.lora_parameters import LoRAParameters
 from d9d_lora.methods.stack import PeftStack, PeftStackConfig
 from d9d_lora.named import (
     active_adapters,

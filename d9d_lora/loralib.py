@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from d9d_lora.adapters import AdapterMethod
 from d9d_lora.layers import AdaptedConv, AdaptedConv1D, AdaptedEmbedding, AdaptedLayer, AdaptedLinear
 from d9d_lora.methods.delta import Delta
-from d9d_lora.methods.lora import LoRADelta, LoRAParameters, delta_of
+from d9d_lora.methods.lora import LoRADelta, delta_of
+from d9d_lora.methods.lora_parameters import LoRAParameters
 from d9d_lora.methods.reshaped import ReshapedDelta, square
 from d9d_lora.state.loralib_format import Bias, LoralibError, load_loralib, loralib_state_dict
 from d9d_lora.walk import adapted_layers, reshard
