@@ -82,7 +82,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
     """A method that adds a delta to layers. Subclasses say which delta: `delta_for(name)`.
 
     Attributes:
-        adapter: The name of the adapter that this object works on, where layers have several (`named.py`).
+        adapter: The name of the adapter that this object works on, where layers have several (`named/`).
     """
 
     kind: ClassVar[str]

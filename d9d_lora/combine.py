@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from d9d_lora.boxes import index_of
 from d9d_lora.layers import AdaptedLayer, kind_of
 from d9d_lora.methods.lora import LoRADelta
-from d9d_lora.named import attach, check_known, check_name, hosts
+from d9d_lora.named.change import attach, check_name
+from d9d_lora.named.hosts import check_known, hosts
 from d9d_lora.placement import key_of, local_of
 from d9d_lora.walk import clock_of, refuse_sharded
 

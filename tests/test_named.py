@@ -25,7 +25,7 @@ from d9d_lora import (
 )
 from d9d_lora.combine import keep_at_random
 from d9d_lora.layers import among
-from d9d_lora.named import hosts
+from d9d_lora.named.hosts import hosts
 from d9d_lora.placement import fill_, full_of, local_of
 from d9d_lora.state.peft_load import load_adapter_weights
 from d9d_lora.state.peft_read import method_of

@@ -17,7 +17,7 @@ from d9d_lora import (
     set_adapter,
 )
 from d9d_lora.layers import AdaptedLayer
-from d9d_lora.named import hosts
+from d9d_lora.named.hosts import hosts
 from tests.catalogue import batch, build
 
 peft = pytest.importorskip("peft")
