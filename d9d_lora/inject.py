@@ -3,7 +3,7 @@
 from torch import nn
 
 from d9d_lora.method import PeftMethod
-from d9d_lora.quant.linear import NF4Linear
+from d9d_lora.quant.linear import dequantising
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperParallel
 from d9d_lora.walk import refuse_adapted
 
@@ -40,10 +40,8 @@ def merge_peft(method: PeftMethod, module: nn.Module, *, dequantise: bool = Fals
 
     `dequantise`: put plain layers in the place of quantised ones, which cannot hold the sum; without it those are refused.
     """
-    for m in module.modules() if dequantise else ():
-        if isinstance(m, NF4Linear):
-            m.merge_dequantises = True
-    method.merge(module)
+    with dequantising(module, dequantise):
+        method.merge(module)
 
 
 def unmerge_peft(method: PeftMethod, module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from d9d_lora import inject_peft_and_freeze, merge_peft, peft_method_from_config
 from d9d_lora.init.loftq import replace_lora_weights_loftq
 from d9d_lora.placement import full_of
 from d9d_lora.quant import linear as quant_linear
-from d9d_lora.quant.linear import NF4Linear
+from d9d_lora.quant.linear import NF4Linear, dequantising
 from d9d_lora.quant.load import packed_tensors, quantise_, sinks
 from d9d_lora.quant.nf4 import CODE, dequantise, packed_shapes, quantise, restored
 from d9d_lora.state.reader import load_checkpoint
@@ -350,7 +350,10 @@ def test_a_merge_must_be_asked_for_and_is_undone_to_the_bit():
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[n], before[n]) for n in before)
-    method.merge(model, undoable=False)
+    with pytest.raises(ValueError, match="has a quantised base"):  # the permission was for the merge before
+        merge_peft(method, model)
+    with dequantising(model):
+        method.merge(model, undoable=False)
     with pytest.raises(ValueError, match="undoable=False"):
         unmerge_peft(method, model)
 

@@ -11,7 +11,7 @@ from d9d_lora.layers import AdaptedLayer
 from d9d_lora.layers.base import Fold
 from d9d_lora.named.hosts import active_adapters, shared_at_root, switchable
 from d9d_lora.placement import at_least_fp32, full_of
-from d9d_lora.quant.linear import NF4Linear
+from d9d_lora.quant.linear import dequantising
 from d9d_lora.walk import clock_of, refuse_tied, reshard
 
 _MERGED: WeakKeyDictionary[nn.Module, tuple[list[Merged], dict[str, nn.Module]]] = WeakKeyDictionary()
@@ -26,15 +26,13 @@ def merge_adapters(model: nn.Module, *, undoable: bool = True, dequantise: bool 
         dequantise: Put plain layers in the place of quantised ones, which cannot hold the sum; without it those are refused.
     """
     every = switchable(model)
-    for _, host in every:
-        if dequantise and isinstance(host.base, NF4Linear):
-            host.base.merge_dequantises = True
     if not active_adapters(model):
         raise ValueError("nothing to merge: no adapter is active")
     refuse_tied(model, every)
-    for _, host in every:
-        host.refuse_unstarted()
-        host.check_merge()
+    with dequantising(model, dequantise):
+        for _, host in every:
+            host.refuse_unstarted()
+            host.check_merge()
     reshard(model)
     changes = [_changes(host) for _, host in every]
     merged = []

@@ -5,6 +5,8 @@ bytes. Each has rows as its first dimension; columns are split in whole blocks o
 g W), and restores it again: what is kept in between is the packed form.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -178,3 +180,17 @@ def _column_groups(W: Tensor) -> list[dist.ProcessGroup]:
     if not isinstance(W, DTensor):
         return []
     return [W.device_mesh.get_group(i) for i, p in enumerate(W.placements) if getattr(p, "dim", None) == 1]  # strided too
+
+
+@contextmanager
+def dequantising(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """A merge inside may put plain layers in the place of the quantised ones, if wanted; the next merge has to be told again."""
+    packed = [m for m in model.modules() if isinstance(m, NF4Linear)] if wanted else []
+    before = [m.merge_dequantises for m in packed]
+    for m in packed:
+        m.merge_dequantises = True
+    try:
+        yield
+    finally:
+        for m, was in zip(packed, before):
+            m.merge_dequantises = was
