@@ -21,7 +21,8 @@ from d9d_lora.measure import traffic
 from d9d_lora.placement import full_of, local_of
 from d9d_lora.tokens import dealt, in_order, share_of
 from d9d_lora.train.batches import shift_labels
-from d9d_lora.train.model import Base, apply_tensor_parallel, recompute
+from d9d_lora.train.model import Base, recompute
+from d9d_lora.train.tensor_parallel import apply_tensor_parallel
 from d9d_lora.walk import clock_of
 from tests.test_laws import wake
 

@@ -22,6 +22,7 @@ from d9d_lora.registry import peft_method_from_config
 from d9d_lora.share_experts import shared_out
 from d9d_lora.train import model as models
 from d9d_lora.train.config import ModelConfig
+from d9d_lora.train.tensor_parallel import apply_tensor_parallel
 from d9d_lora.walk import adapted_layers, clock_of
 from tests.test_laws import close, grads_of, trained, wake
 
@@ -63,7 +64,7 @@ def on_ranks(family, dtype, changes, *, ep, tp=1, average=False, inject_first=Fa
     mesh = init_device_mesh("cpu", (dist.get_world_size() // (ep * tp), ep, tp), mesh_dim_names=("efsdp", "ep", "tp"))
     model, method = model_of(family, dtype), method_of(**changes)
     if tp > 1:
-        models.apply_tensor_parallel(models.Base(model, None), mesh["tp"], sequence=False)
+        apply_tensor_parallel(models.Base(model, None), mesh["tp"], sequence=False)
     if inject_first:
         inject_peft_and_freeze(method, model)
     share_experts(model, mesh["ep"], average=average and mutation != "gradients of experts not divided")

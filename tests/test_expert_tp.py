@@ -18,6 +18,7 @@ from d9d_lora.state.peft_save import save_adapter
 from d9d_lora.sums import ReplicatedSum
 from d9d_lora.train import model as models
 from d9d_lora.train.config import ModelConfig, ParallelConfig
+from d9d_lora.train.tensor_parallel import apply_tensor_parallel
 from d9d_lora.train.world import World, join
 from d9d_lora.walk import adapted_layers, clock_of
 from tests.pool import RankFailed
@@ -36,7 +37,7 @@ ALMOST = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a gradient's largest v
 def loaded(directory, world, dtype, peft=ROUTERS):
     base = models.open_model(ModelConfig(path=str(directory)), dtype)
     if world.parallel.tp > 1:
-        models.apply_tensor_parallel(base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
+        apply_tensor_parallel(base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
     method = peft_method_from_config(peft)
     mapper = inject_peft_and_freeze(method, base.module)
     if world.dp_size > 1:
@@ -161,7 +162,7 @@ def counted(rank):
     found = []
     for adapted in (False, True):
         base = models.Base(model_of("qwen3_moe", torch.float32), None)
-        models.apply_tensor_parallel(base, world.mesh["tp"], sequence=False)
+        apply_tensor_parallel(base, world.mesh["tp"], sequence=False)
         if adapted:
             inject_peft_and_freeze(peft_method_from_config(PEFT), base.module)
             ReplicatedSum(adapted_layers(base.module))
@@ -248,8 +249,8 @@ def dora_on_parts(rank):
     base = models.Base(model_of("qwen3_moe", torch.float32), None)
     shared = models.Base(model_of("deepseek_v3", torch.float32), None)
     with pytest.raises(ValueError, match="beside its experts, and the parts of sums in a mixture of shards"):
-        models.apply_tensor_parallel(shared, world.mesh["tp"], sequence=True)
-    models.apply_tensor_parallel(base, world.mesh["tp"], sequence=False)
+        apply_tensor_parallel(shared, world.mesh["tp"], sequence=True)
+    apply_tensor_parallel(base, world.mesh["tp"], sequence=False)
     for params in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
         with pytest.raises(ValueError, match="tensor parallelism shares out the rows or columns of each expert"):
             inject_peft_and_freeze(peft_method_from_config({**PEFT, "params": {"r": 2, **params}}), base.module)

@@ -11,6 +11,7 @@ from d9d_lora import inject_peft_and_freeze, peft_method_from_config
 from d9d_lora.placement import fill_, full_of
 from d9d_lora.sums import ReplicatedSum
 from d9d_lora.train import model as models
+from d9d_lora.train import tensor_parallel
 from d9d_lora.train.config import ModelConfig, ParallelConfig
 from d9d_lora.train.world import World, join
 from d9d_lora.walk import adapted_layers
@@ -50,7 +51,7 @@ def open_and_adapt(directory: Path, world: World, peft: dict, recompute: bool = 
     base = models.open_model(ModelConfig(path=str(directory)), torch.float64)
     parallel = world.parallel
     if parallel.tp > 1:
-        models.apply_tensor_parallel(base, world.mesh["tp"], sequence=parallel.sequence_parallel)
+        tensor_parallel.apply_tensor_parallel(base, world.mesh["tp"], sequence=parallel.sequence_parallel)
     method = peft_method_from_config(peft)
     mapper = inject_peft_and_freeze(method, base.module)
     if recompute:
@@ -84,8 +85,8 @@ def gradients(directory: Path, world: World, peft: dict, recompute: bool = False
 
 def compare(rank, directory, peft, degrees, recompute, tolerance=1e-10, drop_norms=False):
     if drop_norms:
-        real = models.apply_tensor_parallel
-        models.apply_tensor_parallel = lambda base, *a, **k: (real(base, *a, **k), base.in_parts.clear())
+        real = tensor_parallel.apply_tensor_parallel
+        tensor_parallel.apply_tensor_parallel = lambda base, *a, **k: (real(base, *a, **k), base.in_parts.clear())
     one = World(0, 1, torch.device("cpu"), ParallelConfig(dp_shard=1), None)
     expected = gradients(directory, one, peft)
     found = gradients(directory, join(torch.device("cpu"), ParallelConfig(**degrees), 60), peft, recompute)
@@ -94,7 +95,7 @@ def compare(rank, directory, peft, degrees, recompute, tolerance=1e-10, drop_nor
     worst = max((float((found[1][n] - g).abs().max() / g.abs().max().clamp(min=1e-9)), n) for n, g in expected[1].items())
     assert worst[0] < tolerance, f"{worst[1]} is off by {worst[0]:.2e}"
     if drop_norms:
-        models.apply_tensor_parallel = real
+        tensor_parallel.apply_tensor_parallel = real
     dist.barrier()
 
 
@@ -161,4 +162,4 @@ def test_a_degree_that_does_not_divide_the_heads_is_refused():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=r"tp=4 does not divide num_key_value_heads=2.*\[1, 2\]"):
-        models.check_heads(model, 4, model._tp_plan)
+        tensor_parallel.check_heads(model, 4, model._tp_plan)

@@ -36,6 +36,7 @@ from d9d_lora.train.replicated import choose, is_over_data
 from d9d_lora.train.report import census
 from d9d_lora.train.stages import Split, check_pieces
 from d9d_lora.train.start import Start
+from d9d_lora.train.tensor_parallel import apply_tensor_parallel
 from d9d_lora.train.world import GRADIENT_AXES, World
 from d9d_lora.walk import adapted_layers, clock_of
 
@@ -80,7 +81,7 @@ class Built:
             raise ValueError("parallel.cp and sequence_parallel: not proven together for models with experts; give sequence_parallel=false")
         if world.parallel.tp > 1:
             assert world.mesh is not None
-            models.apply_tensor_parallel(self.base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
+            apply_tensor_parallel(self.base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
         if world.experts is not None:
             # losses are parts of one global mean, so gradients of experts are sums, as all others are
             share_experts(self.model, world.experts["ep"], average=False)

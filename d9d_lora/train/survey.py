@@ -12,6 +12,7 @@ from d9d_lora.train import model as models
 from d9d_lora.train.batches import Batches
 from d9d_lora.train.build import Built
 from d9d_lora.train.config import RunConfig
+from d9d_lora.train.tensor_parallel import apply_tensor_parallel
 from d9d_lora.train.world import World
 
 SURVEYED = 32  # steps of data that a start from data may look at; it ends earlier when its directions have settled
@@ -55,7 +56,7 @@ def _bare(config: RunConfig, world: World, dtype: torch.dtype) -> nn.Module:
     module = base.module.requires_grad_(False)
     if world.parallel.tp > 1:
         assert world.mesh is not None
-        models.apply_tensor_parallel(base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
+        apply_tensor_parallel(base, world.mesh["tp"], sequence=world.parallel.sequence_parallel)
         module.requires_grad_(False)
     if world.mesh is not None:
         models.apply_data_parallel(module, world.mesh, world.parallel)
