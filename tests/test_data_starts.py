@@ -1,12 +1,15 @@
 """Starts from data: what they are by their papers, and that they are the same on every layout."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.parallel import parallelize_module
 
-from d9d_lora.init.data import Covariance, Principal, Step, corda, eva, redistributed, survey
+from d9d_lora.init.data import Step, survey
+from d9d_lora.init.eva_corda import Covariance, Principal, corda, eva, redistributed
 from d9d_lora.placement import full_of
 from d9d_lora.thin import Thin
 from tests.catalogue import LAYOUTS, batch, build, dp_rank, mesh_of, plan_of, shard_data_parallel
@@ -216,3 +219,14 @@ def test_without_a_survey_the_injection_says_what_is_missing():
 
     with pytest.raises(ValueError, match=r"call `method.survey\(model, steps\)`"):
         inject_peft_and_freeze(peft_method_from_config({**EVA, "target_modules": ["up", "down"]}), build("linear"))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_survey_leaves_every_module_in_the_mode_it_was_in(fails):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)).train()
+    model[1].eval()  # frozen statistics, as users keep them
+    targets = {"0": model[0], **({"idle": nn.Linear(4, 4)} if fails else {})}
+    steps = [Step(lambda: model(torch.randn(3, 4)))]
+    with pytest.raises(ValueError, match=r"idle.*were not called") if fails else contextlib.nullcontext():
+        survey(model, targets, steps, lambda _, x: Covariance(x.whole))
+    assert [m.training for m in model.modules()] == [True, True, False, True]

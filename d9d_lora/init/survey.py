@@ -11,7 +11,8 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from d9d_lora.init.data import Covariance, Step, corda, eva, survey
+from d9d_lora.init.data import Step, survey
+from d9d_lora.init.eva_corda import Covariance, corda, eva
 from d9d_lora.thin import Thin
 
 FROM_DATA = ("eva", "corda")

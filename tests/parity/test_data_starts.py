@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from d9d_lora.init.data import Step, eva
+from d9d_lora.init.data import Step
+from d9d_lora.init.eva_corda import eva
 
 peft = pytest.importorskip("peft")
 RANK = 4
