@@ -16,7 +16,7 @@ from d9d_lora.export.low_rank import BaseShapes, Product
 from d9d_lora.state import expert_layouts
 from d9d_lora.state.expert_base import Experts, experts_of
 from d9d_lora.state.peft_config import WEIGHTS, AdapterError
-from d9d_lora.state.peft_kinds.lora import layer_meanings, parameters_of
+from d9d_lora.state.peft_kinds.lora_meaning import layer_meanings, parameters_of
 from d9d_lora.state.peft_read import read_adapter_config, reading_of
 from d9d_lora.state.safetensors_dir import CheckpointFiles, open_checkpoint
 from d9d_lora.state.untrusted import read_json

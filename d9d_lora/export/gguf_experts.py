@@ -14,7 +14,7 @@ from d9d_lora.export.gguf_names import BaseConfig, Weight, config_of
 from d9d_lora.state import expert_layouts as experts
 from d9d_lora.state.expert_base import outline_of
 from d9d_lora.state.peft_config import AdapterError
-from d9d_lora.state.peft_kinds.lora import layer_meanings, parameters_of
+from d9d_lora.state.peft_kinds.lora_meaning import layer_meanings, parameters_of
 from d9d_lora.state.peft_read import LayerMeaning, Parts, meanings, open_weights, read_adapter_config, reading_of
 
 

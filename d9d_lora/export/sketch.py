@@ -25,7 +25,7 @@ from d9d_lora.replicate import restacked
 from d9d_lora.state.expert_base import outline_of
 from d9d_lora.state.names import BASE, PEFT_PREFIX, clean
 from d9d_lora.state.peft_config import WEIGHTS
-from d9d_lora.state.peft_kinds.lora import layer_meanings, parameters_of
+from d9d_lora.state.peft_kinds.lora_meaning import layer_meanings, parameters_of
 from d9d_lora.state.peft_read import read_adapter_config, reading_of
 from d9d_lora.state.safetensors_dir import open_checkpoint
 from d9d_lora.state.untrusted import read_json

@@ -40,7 +40,7 @@ from d9d_lora.state.native_format import METHOD, method_of_trained
 from d9d_lora.state.native_format import WEIGHTS as NATIVE
 from d9d_lora.state.peft_config import AdapterError
 from d9d_lora.state.peft_kinds import DIALECTS, Dialect
-from d9d_lora.state.peft_kinds.lora import parameters_of
+from d9d_lora.state.peft_kinds.lora_meaning import parameters_of
 from d9d_lora.state.peft_read import open_weights, read_adapter_config, reading_of
 from d9d_lora.state.safetensors_dir import CheckpointFiles, open_checkpoint
 from d9d_lora.state.untrusted import inside

@@ -21,7 +21,7 @@ from torch import nn
 from d9d_lora.method import PeftMethod
 from d9d_lora.state.peft_config import CONFIG, WEIGHTS, AdapterError
 from d9d_lora.state.peft_kinds import DIALECTS, Parts, Reading, dialect_named
-from d9d_lora.state.peft_kinds.lora import LayerMeaning, layer_meanings
+from d9d_lora.state.peft_kinds.lora_meaning import LayerMeaning, layer_meanings
 from d9d_lora.state.peft_limits import absurdities, refuse_slow, strange_names
 from d9d_lora.state.safetensors_dir import PICKLES, CheckpointFiles, open_checkpoint, read_header
 from d9d_lora.state.untrusted import inside, parse_json, read_json, shown

@@ -22,7 +22,8 @@ from d9d_lora.state.atomic import gather
 from d9d_lora.state.names import PEFT_PREFIX
 from d9d_lora.state.peft_config import AdapterError, layer_names, plain, targets_of
 from d9d_lora.state.peft_kinds.dialect import Dialect, Entry, Reading
-from d9d_lora.state.peft_kinds.lora import LoRADialect, refuses_convolution
+from d9d_lora.state.peft_kinds.lora import LoRADialect
+from d9d_lora.state.peft_kinds.lora_tensors import refuses_convolution
 
 _SCHEDULE = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 

@@ -15,7 +15,7 @@ from d9d_lora.methods.drops import Drops
 from d9d_lora.methods.loha import LoHa, LoHaConfig
 from d9d_lora.state.peft_config import AdapterError, commonest, layer_names, pattern_faults, pattern_of, plain, targets_of
 from d9d_lora.state.peft_kinds.dialect import Dialect, Entry, Reading
-from d9d_lora.state.peft_kinds.lora import refuses_convolution
+from d9d_lora.state.peft_kinds.lora_tensors import refuses_convolution
 from d9d_lora.targets import by_name
 
 
