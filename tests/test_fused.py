@@ -86,7 +86,7 @@ def test_beyond_the_frozen_layer_there_are_six_thin_products(dropout):
 def test_mutation_a_copy_of_x_for_each_reader_is_counted(monkeypatch):
     model = adapt(Readers(), lora(["q", "k", "v"], params={"r": 2, "alpha": 4}))
 
-    def copying(self, x, bias, *, parts):
+    def copying(self, given, x, bias, *, parts):
         return linear(x, self.weight_here(), bias) + self.update(x * 1, self.parts(x.dtype, parts=parts))
 
     monkeypatch.setattr(AdaptedLinear, "fused", copying)

@@ -61,7 +61,7 @@ def step(model, through=lambda f, x: f(x)):
 def together(monkeypatch):
     """The number of times a block was one step."""
     calls = []
-    monkeypatch.setattr(GatedForward, "together", lambda self, x, do=GatedForward.together: calls.append(1) or do(self, x))
+    monkeypatch.setattr(GatedForward, "together", lambda self, *args, do=GatedForward.together: calls.append(1) or do(self, *args))
     return calls
 
 
@@ -166,3 +166,21 @@ def test_what_the_source_tells():
         assert torch.allclose(act.gradient(da, g.detach()), torch.autograd.grad(ACT2FN[name](g), g, da)[0])
     assert gated_names(Feed.forward) == Names("gate", "up", "down", "act")
     assert gated_names(Clamped.forward) is gated_names(LlamaAttention.forward) is gated_names(len) is None
+
+
+def test_a_graph_that_is_kept_gives_its_gradients_again():
+    model, _ = both({"r": R, "dropout": 0.4})
+    x = torch.randn(N, H, dtype=torch.float64, requires_grad=True)
+    next(adapted_layers(model)).dropout.clock.set(5)
+    loss = model(x).square().sum()
+    inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
+    first, second = (torch.autograd.grad(loss, inputs, retain_graph=keep) for keep in (True, False))
+    assert all(map(torch.equal, first, second))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, inputs)
+
+
+def test_a_start_that_was_not_made_is_refused():
+    model = adapt(nn.Sequential(Feed()), lora("all-linear", params={"r": R, "init_lora_weights": "pissa"}))
+    with pytest.raises(RuntimeError, match="has not been started"):
+        model(torch.ones(2, H))

@@ -112,7 +112,7 @@ CELLS = [(f, la) for f in FAMILIES for la in LAYOUTS if not (f == "gpt2" and la 
 @pytest.mark.parametrize("family,layout", CELLS)
 def test_gradients_of_every_family_equal_one_process(pool, tmp_path, family, layout):
     world, degrees = LAYOUTS[layout]
-    # One process computes q, k, v together, and tensor-parallel ranks each alone: their masks are one. Replicas have their own.
+    # Masks follow the data: replicas have their own.
     dropout = 0.0 if layout.startswith("fsdp2") else 0.3
     peft = {**PEFT, "params": {**PEFT["params"], "dropout": dropout}}
     pool.run(world, compare, save_family(family, tmp_path), peft, degrees, layout == "fsdp2_tp2")

@@ -125,7 +125,7 @@ def test_mutation_an_output_for_another_x_is_handed_out(monkeypatch):
     for (block,) in (model, alone):
         block.k.register_forward_pre_hook(doubled)
     product = readers.Readers.product
-    monkeypatch.setattr(readers.Readers, "product", lambda self, layer, x: product(self, layer, self._x[0] if self._x else x))
+    monkeypatch.setattr(readers.Readers, "product", lambda self, layer, x, h: product(self, layer, *(self._x[:2] if self._x else (x, h))))
     x = torch.randn(5, 16, dtype=torch.float64)
     assert not torch.allclose(model(x), alone(x))
 

@@ -7,24 +7,32 @@ It is less than the same block keeps without any adapter, whose autograd needs g
 
 The block is found by the source of its module, `self.down(self.act(self.gate(x)) * self.up(x))` whatever the names, and the source is
 not changed: the module gets a `forward` that computes the same, and gives way to its own wherever a part does more than
-its class says (hooks, several adapters, a gain, tensor parallelism, autocast, torch.compile).
+its class says (hooks, several adapters, a gain, autocast, torch.compile).
+
+Under tensor parallelism each rank has F / t of the inner columns, and the step is the same on these: gate and up in columns, down in
+rows, and y is a part of a sum. Before and after it run the hooks that torch's styles have put on gate and on down, so x and y travel as
+they do for the frozen block. Where the styles would move anything in between (`layers/styled.py`), or gate and up are in rank space, the
+block is computed in parts.
 """
 
 import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import Replicate
 
 from d9d_lora.layers.base import HOOKS
 from d9d_lora.layers.fused import gradients, made_of, mask_at, products, readers_of
 from d9d_lora.layers.linear import AdaptedLinear
+from d9d_lora.layers.rank_space import reading
+from d9d_lora.layers.styled import Ends, ends_of
 
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
@@ -46,34 +54,55 @@ class GatedForward:
         self.names = names
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and self.holds(args[0]):
-            return self.together(args[0])
+        if len(args) == 1 and not kwargs and (ends := self.holds(args[0])) is not None:
+            return self.together(args[0], ends)
         return type(self.parent).forward(self.parent, *args, **kwargs)
 
-    def holds(self, x: Tensor) -> bool:
-        """Whether every part does what its class says and nothing else, and there will be a backward."""
+    def holds(self, x: Tensor) -> Sequence[Ends] | None:
+        """If every part does what its class says and nothing else, and there will be a backward: the hooks of tensor parallelism
+        before and after the step, of which there may be none. None: it must be computed in parts."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return False
-        gate, up, down, act = parts = self.parts()
-        if any(getattr(m, hooks) for m in parts for hooks in (*HOOKS, *_BACKWARD_HOOKS)):
-            return False
-        if not all(isinstance(m, AdaptedLinear) for m in (gate, up, down)) or activation_of(act) is None:
-            return False
+            return None
+        gate, up, down, act = self.parts()
+        layers = (gate, up, down)
+        if not all(isinstance(m, AdaptedLinear) for m in layers) or activation_of(act) is None:
+            return None
+        if any(getattr(m, hooks) for m in (*layers, act) for hooks in _BACKWARD_HOOKS) or any(getattr(act, hooks) for hooks in HOOKS):
+            return None
         if gate.readers is None or not gate.readers.together([gate, up], x) or not down.fuses_here(x):
-            return False
-        return all(m.adds_bias_inside() or (m.base.bias is None and not m.has_gain_at_work()) for m in (gate, up, down))
+            return None
+        if not all(m.adds_bias_inside() or (m.base.bias is None and not m.has_gain_at_work()) for m in layers):
+            return None
+        if gate.placing.mesh is None and down.placing.mesh is None:
+            return None if any(getattr(m, hooks) for m in layers for hooks in HOOKS) else ()
+        return self._between_styles(x, *layers)
+
+    def _between_styles(self, x: Tensor, gate: AdaptedLinear, up: AdaptedLinear, down: AdaptedLinear) -> Sequence[Ends] | None:
+        """The ends of the step under tensor parallelism, if nothing would move between them."""
+        if (gate.placing.letter, down.placing.letter) != ("O", "I") or gate.placing.mesh != down.placing.mesh:
+            return None
+        first, second, last = ends = [ends_of(m) for m in (gate, up, down)]
+        if first is None or second is None or last is None or not all(e is not None and e.takes_as_it_comes() for e in ends):
+            return None
+        if not (first.gives_as_it_is() and second.gives_as_it_is() and first.gives_local == second.gives_local):
+            return None
+        return (first, last) if reading(gate, x, fuses=True) is None else None
 
     def parts(self) -> list[Any]:
         return [self.parent._modules.get(name) for name in self.names]
 
-    def together(self, x: Tensor) -> Tensor:
+    def together(self, x: Tensor, ends: Sequence[Ends] = ()) -> Tensor:
         gate, up, down, act = self.parts()
+        for layer in (gate, up, down):
+            layer.refuse_unstarted()
+        if ends:
+            x, _ = gate.placing.enter(ends[0].take(x), Replicate(), gate.name)
         made, flat = zip(*(made_of([m.as_reader(x.dtype) for m in layers]) for layers in ((gate, up), (down,))))
         masks = [m.mask_of(x) for m in (gate, down)]
         now = next((m.now for m in masks if m is not None), None)
         drops = [None if m is None else m[1:] for m in masks]
         y: Tensor = _Gated.apply(x, now, drops, [gate.delta.scaling, down.delta.scaling], activation_of(act), made, *flat[0], *flat[1])
-        return y
+        return ends[-1].give(down.placing.leave(y, x, down.out_size)) if ends else y
 
 
 class _Gated(torch.autograd.Function):
@@ -91,6 +120,7 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         x, g, u, z, z_down, now, *flat = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()  # each goes after its last use, unless the graph is kept
         first, wanted = _length(ctx.made[0]), ctx.needs_input_grad
         a = ctx.act.value(g)
         mask = _mask(now, ctx.drops[1])
@@ -99,6 +129,7 @@ class _Gated(torch.autograd.Function):
         assert dh is not None
         du = a.mul_(dh)
         dg = ctx.act.gradient(dh.mul_(u), g)
+        del g, u, a, dh
         mask = _mask(now, ctx.drops[0])
         both = readers_of(ctx.made[0], flat[:first])
         dx, grads = gradients(x, z, [dg, du], both, ctx.scalings[0], mask, wanted[0], wanted[_FIRST : _FIRST + first])

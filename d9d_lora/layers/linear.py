@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn.functional import linear
 
@@ -62,7 +62,7 @@ class AdaptedLinear(AdaptedLayer):
         if r is not None:
             y = columns(h, inside, r, *self.weight_to_restore(h.dtype))
         elif fuse:
-            y = self.fused(h, inside, parts=parts)
+            y = self.fused(x, h, inside, parts=parts)
         elif gain:
             y = self.product(h) + self.update(h, self.parts(None, parts=parts))
         else:
@@ -94,13 +94,13 @@ class AdaptedLinear(AdaptedLayer):
         """The forward that `product` stands in for."""
         return nn.Linear.forward
 
-    def fused(self, x: Tensor, bias: Tensor | None, *, parts: bool) -> Tensor:
-        """x W^T + b + drop(x) dW^T on this rank's part."""
-        if self.readers is not None and self.placing.mesh is None and not torch.compiler.is_compiling():
-            y = self.readers.product(self, x)
+    def fused(self, x: Tensor, h: Tensor, bias: Tensor | None, *, parts: bool) -> Tensor:
+        """x W^T + b + drop(x) dW^T on this rank's part, h, of x."""
+        if self.readers is not None and not torch.compiler.is_compiling():
+            y = self.readers.product(self, x, h)
             if y is not None:
                 return y
-        return fused(x, [self.reader(x.dtype, bias, parts=parts)], self.delta.scaling, self.mask_of(x))[0]
+        return fused(h, [self.reader(h.dtype, bias, parts=parts)], self.delta.scaling, self.mask_of(h))[0]
 
     def reader(self, dtype: torch.dtype, bias: Tensor | None, *, parts: bool = False) -> Reader:
         """This layer as `fused` takes it."""
@@ -109,13 +109,15 @@ class AdaptedLinear(AdaptedLayer):
         return Reader(weight, bias, A, B, restore)
 
     def as_reader(self, dtype: torch.dtype) -> Reader:
-        """The same, with the bias that its product adds; without tensor parallelism."""
-        return self.reader(dtype, self.bias_here(parts=False) if self.adds_bias_inside() else None)
+        """The same, with the bias that its product adds, where `fuses_here`."""
+        parts = self.placing.letter is not None
+        return self.reader(dtype, self.bias_here(parts=parts) if self.adds_bias_inside() else None, parts=parts)
 
     def fuses_here(self, x: Tensor) -> bool:
-        """Whether its product may be taken outside its own forward: without tensor parallelism, and with its weight at hand. Under
+        """Whether its product may be taken outside its own forward: with its weight at hand, in columns, rows or whole. Under
         FSDP2 of each layer on its own it is not, for only the layer that is called is gathered."""
-        return self.placing.mesh is None and not isinstance(self.base.weight, DTensor) and self.fuses(x)
+        at_hand = getattr(self.base.weight, "device_mesh", None) == self.placing.mesh
+        return at_hand and (self.placing.letter is not None or self.placing.mesh is None) and self.fuses(x)
 
     def adds_bias_inside(self) -> bool:
         """Whether the bias is added by the product: before anything that scales the output it must not be."""

@@ -6,6 +6,12 @@ autograd (`layers/fused.py`), and each of the others hands out its own when it i
 one, the source told wrong: that layer then computes for itself, and is right.
 
 They share one dropout mask, so that x is dropped once, on every layout: where they do not compute together too.
+
+[Note: one x, several DTensors]
+Under tensor parallelism column-parallel layers compute together on this rank's copy of x, each with its part of W and B. A plan that gives
+each of them its own `ColwiseParallel()` makes a DTensor of x for each. They are one x if they are one memory, and if their gradients go to
+one place: both were made by `DTensor.from_local` of the same output of the same node. The gradient of all then goes through the first of
+them, and is one all-reduce; the frozen layers pay one each. A parent that makes one DTensor for all pays one in any case.
 """
 
 import ast
@@ -17,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from d9d_lora.layers.fused import fused
 
@@ -34,26 +41,30 @@ class Readers:
     def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
         self.parent = parent
         self.names = names
-        self._x: tuple[Tensor, tuple[int, ...]] | None = None
+        self._x: tuple[Tensor, Tensor, tuple[int, ...]] | None = None
         self._made: dict[str, Tensor] = {}
 
     def layers(self) -> list[Any]:
         return [self.parent._modules.get(name) for name in self.names]
 
-    def product(self, layer: "AdaptedLinear", x: Tensor) -> Tensor | None:
-        """x W^T + b and the update of one of the layers; None if they do not compute together."""
+    def product(self, layer: "AdaptedLinear", x: Tensor, here: Tensor) -> Tensor | None:
+        """x W^T + b and the update of one of the layers, on this rank; None if they do not compute together.
+
+        Args:
+            here: This rank's part of x; x itself without tensor parallelism.
+        """
         if not torch.is_grad_enabled() or x.is_inference():
             return None  # there is no backward to share
         layers = self.layers()
         name = self.names[next(i for i, m in enumerate(layers) if m is layer)]
-        now = self._writes(layers, x)
-        if self._x is None or self._x[0] is not x or self._x[1] != now or name not in self._made:
+        now = self._writes(layers, here)
+        if self._x is None or self._x[2] != now or name not in self._made or not _is_one(*self._x[:2], x, here):
             self._made, self._x = {}, None
             if not self.together(layers, x):
                 return None
-            readers = [m.as_reader(x.dtype) for m in layers]
-            self._made = dict(zip(self.names, fused(x, readers, layers[0].delta.scaling, layers[0].mask_of(x))))
-            self._x = (x, now)
+            readers = [m.as_reader(here.dtype) for m in layers]
+            self._made = dict(zip(self.names, fused(here, readers, layers[0].delta.scaling, layers[0].mask_of(here))))
+            self._x = (x, here, now)
         y = self._made.pop(name)
         if not self._made:
             self._x = None
@@ -68,8 +79,9 @@ class Readers:
     def together(self, layers: list[Any], x: Tensor) -> bool:
         """Whether these layers can compute together on x."""
         first = layers[0]
-        return all(
+        return first.placing.letter in (None, "O") and all(
             getattr(other, "readers", None) is self
+            and other.placing == first.placing
             and other.fuses_here(x)
             and other.delta.scaling == first.delta.scaling
             and other.training == first.training
@@ -80,6 +92,27 @@ class Readers:
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model begins between two forwards."""
         return {**self.__dict__, "_x": None, "_made": {}}
+
+
+def _is_one(x: Tensor, x_here: Tensor, y: Tensor, y_here: Tensor) -> bool:
+    """Whether two inputs are one. [Note: one x, several DTensors]"""
+    if x is y:
+        return True
+    if not isinstance(x, DTensor) or not isinstance(y, DTensor) or _outline(x_here) != _outline(y_here):
+        return False
+    if (x.device_mesh, x.placements, x.requires_grad) != (y.device_mesh, y.placements, y.requires_grad):
+        return False
+    return not x.requires_grad or (_origin(x) is not None and _origin(x) == _origin(y))
+
+
+def _outline(t: Tensor) -> Any:
+    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype
+
+
+def _origin(x: Tensor) -> Any:
+    """Where the gradient of a DTensor goes that was made of a local tensor."""
+    node: Any = x.grad_fn
+    return (node.next_functions, node.grad_placements) if type(node).__name__ == "_FromTorchTensorBackward" else None
 
 
 def find_readers(model: nn.Module, kind: type) -> None:
