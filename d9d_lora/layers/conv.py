@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from d9d_lora.layers.base import AdaptedLayer, refuses_weight
+from d9d_lora.layers.gained import gained
 from d9d_lora.methods.delta import DoesNotFit, Geometry, Parts
 
 _POINTWISE: dict[int, Any] = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
@@ -65,7 +66,8 @@ class AdaptedConv(AdaptedLayer):
         if self.has_gain_at_work():
             f = self.parts(h.dtype, parts=parts)
             y = y + self.update(h, f)
-            y = (y * self.by_channel(self.gain(f))).to(y.dtype)  # type: ignore[arg-type]
+            at = -1 - len(self.taps)
+            y = gained(y.movedim(at, -1), self.gain(f)).movedim(-1, at)
         else:
             y = self.plus_updates(y, h, h.dtype, parts=parts)
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]

@@ -32,7 +32,7 @@ class _Gained(torch.autograd.Function):
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None]:
         y, d = ctx.saved_tensors
         dy = torch.addcmul(dz, dz, d) if ctx.needs_input_grad[0] else None
-        dg = (dz * y).flatten(0, -2).sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
+        dg = (dz * y).sum(tuple(range(y.ndim - 1)), dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
         return dy, dg
 
 
