@@ -85,7 +85,7 @@ def as_really(pool, assets, output, overrides, *, run=really):
     plan = rehearse(config, shape, 4, ROW, None)
     for name in EXACT:
         assert getattr(plan, name) == real[name], name
-    assert plan.paper == plan.last
+    assert plan.paper == plan.one
     return plan
 
 
@@ -119,11 +119,11 @@ def test_a_rehearsal_counts_what_a_real_run_does(pool, assets, tmp_path, layout)
     for name in ("kept", "peak"):
         assert getattr(plan, name) == pytest.approx(real[name], abs=one + 64, rel=0), name
     if not config.parallel.sequence_parallel:
-        assert plan.paper == plan.last
-    if plan.replicated or config.parallel.adapters == "shard":  # the frozen base comes once for a forward and once for a backward
+        assert plan.paper == plan.one
+    if plan.replicated or config.parallel.adapters == "shard":  # blocks come for a forward and a backward, the root once a step
         blocks = shape.num_hidden_layers
-        assert real["count"]["forward", "dp_shard", "all_gather"] == blocks + 1
-        assert real["count"]["backward", "dp_shard", "all_gather"] == blocks  # the root stays
+        assert real["count"]["forward", "dp_shard", "all_gather"] == blocks + 1 / plan.accumulation
+        assert real["count"]["backward", "dp_shard", "all_gather"] == blocks
         scatters = real["count"].get(("backward", "dp_shard", "reduce_scatter"), 0) * plan.accumulation
         assert (scatters, real["once"]) == ((0, 1 + (config.parallel.tp > 1)) if plan.replicated else (blocks, 0))
 
@@ -151,7 +151,7 @@ SHARED_OUT = {
 def test_a_rehearsal_of_experts_that_are_shared_out(pool, tmp_path, case):
     dtype, options, params = SHARED_OUT[case]
     plan = as_really(pool, mixture(tmp_path), tmp_path, {"parallel__ep": 2, **of_experts(dtype, **params), **options}, run=evenly)
-    assert plan.last["forward", "ep", "all_to_all"] > 0
+    assert plan.one["forward", "ep", "all_to_all"] > 0
 
 
 def test_a_few_blocks_tell_of_many(assets, tmp_path):
@@ -175,10 +175,10 @@ def test_whole_adapters_never_move_more_and_sharded_ones_without_padding(assets,
     both = [config_of(assets, tmp_path, parallel__adapters=a, **options) for a in ("shard", "replicate")]
     shard, whole = (rehearse(config, shape, ranks, ROW, None) for config in both)
     # three rows on eight shards: `lora_A` is cut along its columns, which eight divides, and lora_B [24, 3] along its rows
-    assert shard.last["backward", "dp_shard", "reduce_scatter"] == shard.whole == 8 * shard.cut
-    assert whole.last["sum", "dp", "all_reduce"] == whole.whole + flags
+    assert shard.one["backward", "dp_shard", "reduce_scatter"] == shard.whole == 8 * shard.cut
+    assert whole.one["sum", "dp", "all_reduce"] == whole.whole + flags
     ring = {"dp": ranks, "dp_replicate": replicas, "dp_shard": ranks // replicas}
-    sent = [sum(v * (1 + (k[2] == "all_reduce")) * (ring[k[1]] - 1) / ring[k[1]] for k, v in p.last.items()) for p in (shard, whole)]
+    sent = [sum(v * (1 + (k[2] == "all_reduce")) * (ring[k[1]] - 1) / ring[k[1]] for k, v in p.one.items()) for p in (shard, whole)]
     less = whole.whole * 7 / 8 - 2 * flags * 15 / 16  # T (n - 1) / n, as design note 7 has it
     assert sent[0] - sent[1] == pytest.approx(less)
     assert (whole.adapters, whole.gradients, whole.optimiser) == (whole.whole, whole.whole, 2 * whole.whole)
@@ -209,7 +209,7 @@ def test_the_command_prints_table_samples_and_refusals(assets, tmp_path, capsys)
     assert "does not fit: 3 ranks: parallel: dp_replicate 1 x dp_shard (the rest) x tp 2" in out
     (found,) = json.loads((tmp_path / "p.json").read_text())
     assert found["ranks"] == 4
-    assert found["last"]["forward dp_shard all_gather"] > 0
+    assert found["one"]["forward dp_shard all_gather"] > 0
     assert "| memory: peak, all of it | counted |" in (tmp_path / "p.md").read_text()
     assert (tmp_path / "p.png").stat().st_size > 1000
 

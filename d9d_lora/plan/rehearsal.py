@@ -71,8 +71,8 @@ class Counts:
         replicated: Whether data parallelism leaves the adapters whole (`train/replicated.py`).
         whole, cut: Bytes of the adapters here if it does, and if it does not.
         read: From the base's files, by the dtype that the model's config names (bfloat16 if it names none).
-        micro, last: Traffic of a microbatch that only accumulates, and of the last one with the sum that follows.
-        paper: What `paper.py` says of the last one.
+        one, more: Traffic of a step of one microbatch, and what each further one adds.
+        paper: What `paper.py` says of a step of one microbatch.
     """
 
     ranks: int
@@ -94,8 +94,8 @@ class Counts:
     cut: int = 0
     read: int = 0
     read_all: int = 0
-    micro: Counter[Key] = field(default_factory=Counter)
-    last: Counter[Key] = field(default_factory=Counter)
+    one: Counter[Key] = field(default_factory=Counter)
+    more: Counter[Key] = field(default_factory=Counter)
     paper: Counter[Key] = field(default_factory=Counter)
     pp_rank: int | None = None
     held: int = 0
@@ -108,7 +108,7 @@ class Counts:
     @property
     def step(self) -> Counter[Key]:
         """Traffic of an optimiser step."""
-        return Counter({k: self.last[k] + (self.accumulation - 1) * self.micro[k] for k in self.last | self.micro})
+        return Counter({k: self.one[k] + (self.accumulation - 1) * self.more[k] for k in self.one | self.more})
 
     def beyond(self, other: "Counts", more: Fraction, more_of_all: Fraction) -> "Counts":
         """This, and `more` times what it has more than `other`; `more_of_all` times of what all ranks of a pipeline have together."""
@@ -175,6 +175,7 @@ class Rehearsal:
                     gc.collect()  # what the step before left in cycles would be freed in the midst of this one
                     ledger.mark()
                     before = ledger.live
+                    first = final = Counter[Key]()
                     for last in (False, True) if accumulation > 1 else (True,):
                         ledger.traffic.clear()
                         for stage in [None] if self.split is None else self.split.here:
@@ -184,14 +185,16 @@ class Rehearsal:
                         if last:
                             ledger.phase = "sum"
                             self._sum()
-                        setattr(counts, "last" if last else "micro", Counter(ledger.traffic))
+                        first, final = (final, Counter(ledger.traffic))
+                    # The first gathers what stays whole, the last adds gradients up, and all do the rest.
+                    counts.one, counts.more = (first | final, first & final) if accumulation > 1 else (final, Counter())
                     counts.unit, counts.peak = ledger.largest, ledger.peak - before
             counts.gradients = sum(bytes_of(p.grad) for p in self.params.values() if p.grad is not None)
         counts.kept = counts.held = sum(kept.values())
         if self.split is not None:
             counts.held = most_kept(world.parallel, accumulation, world.pp_rank, {s: n for s, n in kept.items() if s is not None})
             counts.peak = counts.held + max(beyond.values()) + counts.wire
-            for traffic in (counts.micro, counts.last):
+            for traffic in (counts.one, counts.more):
                 traffic.update(between_stages(world.parallel, world.pp_rank, self._hidden(batch)))
         counts.peak += counts.base + counts.adapters + counts.optimiser
         if self.split is None:
@@ -220,8 +223,11 @@ class Rehearsal:
 
     def _microbatch(self, ledger: Ledger, batch: MicroBatch, last: bool, stage: int | None = None) -> int:
         """As in `Trainer.train_step`, of one stage if there are some; the bytes that the forward keeps, what FSDP2 has gathered apart."""
-        for m in self.built.fsdp:
-            m.set_requires_gradient_sync(last, recurse=False)
+        if stage is None:
+            self.built.begin_microbatch(last=last)
+        else:
+            for m in self.built.fsdp:
+                m.set_requires_gradient_sync(last, recurse=False)
         before = ledger.live - ledger.gathered
         ledger.phase = "forward"
         out = self.loss(batch) if stage is None else self.pipeline.forward(stage, batch, self._given[stage] if stage else None)

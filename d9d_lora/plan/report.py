@@ -69,16 +69,23 @@ def rows_of(plans: Sequence[Counts]) -> list[tuple[str, str, list[str]]]:
         row("read from the checkpoint", "shapes", lambda p: p.read),
         row("read, all ranks together", "shapes", lambda p: p.read_all),
     ]
-    keys = list(dict.fromkeys(k for p in plans for k in p.last))
+    keys = list(dict.fromkeys(k for p in plans for k in p.one))
     for k in sorted(keys, key=once_a_step):
         when = "step" if once_a_step(k) else "microbatch"
-        rows.append(row(f"{when}: {name_of(k)}", "formula" if k[1:] == ("pp", "send") else "counted", lambda p, k=k: p.last[k]))  # type: ignore[misc]
+        rows.append(row(f"{when}: {name_of(k)}", "formula" if k[1:] == ("pp", "send") else "counted", lambda p, k=k: p.one[k]))  # type: ignore[misc]
+    if any(_root(p) for p in plans):
+        rows.append(row("later microbatches of a step: less, for the root is whole", "counted", _root))
     rows.append(row("step: all traffic", "counted", lambda p: sum(p.step.values())))
     return rows
 
 
 def _lie(p: Counts) -> str:
     return "whole" if p.replicated else "sharded" if p.whole else "alone"
+
+
+def _root(p: Counts) -> int:
+    """What the first microbatch of a step gathers for all that follow; nothing where none follows."""
+    return sum(p.one[k] - p.more[k] for k in p.one if not once_a_step(k)) if p.accumulation > 1 else 0
 
 
 def once_a_step(key: Key) -> bool:
@@ -90,8 +97,8 @@ def agreement(plans: Sequence[Counts], *, sequence_parallel: bool) -> str:
     """Whether the formulas say what was counted."""
     apart = []
     for p in plans:
-        keys = [k for k in p.last | p.paper if p.last[k] != p.paper[k] and not (sequence_parallel and k[1] == "tp" and k[0] != "sum")]
-        apart += [f"{p.ranks} ranks, {name_of(k)}: counted {p.last[k]:,}, on paper {p.paper[k]:,}" for k in keys]
+        keys = [k for k in p.one | p.paper if p.one[k] != p.paper[k] and not (sequence_parallel and k[1] == "tp" and k[0] != "sum")]
+        apart += [f"{p.ranks} ranks, {name_of(k)}: counted {p.one[k]:,}, on paper {p.paper[k]:,}" for k in keys]
     left_out = " (what tensor parallelism moves was only counted: there is no formula for sequence_parallel)" if sequence_parallel else ""
     if not apart:
         return f"the traffic on paper is the traffic counted, to the byte{left_out}"

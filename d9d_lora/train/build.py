@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from d9d_lora.context import ContextParallel
 from d9d_lora.inject import inject_peft_and_freeze
@@ -176,6 +177,14 @@ class Built:
         self.sum = ReplicatedSum(adapted_layers(self.model), in_parts=self._thawed_parts(), over_data=whole, **self.groups)
         self.fsdp = list(models.fsdp_modules(self.model))
         self.clocks = {id(c): c for la in adapted_layers(self.model) if (c := la.dropout.clock) is not None}.values()
+
+    def begin_microbatch(self, *, last: bool) -> None:
+        """Tells FSDP2 whether a microbatch is the last of its step: gradients are reduced after that one alone. The root is whole until the
+        end of a backward in any case, and stays so for the forward that follows."""
+        for m in self.fsdp:
+            m.set_requires_gradient_sync(last, recurse=False)
+        if isinstance(self.model, FSDPModule):
+            self.model.set_reshard_after_backward(last, recurse=False)
 
     def _thawed_parts(self) -> list[tuple[nn.Module, str, Any]]:
         if self.world.parallel.tp == 1 or self.world.mesh is None:

@@ -233,8 +233,7 @@ class Trainer:
         """Gradients of a step's microbatches, one after another; the sum of their losses / targets."""
         total = torch.zeros((), **wide(self.world.device))
         for i, batch in enumerate(micro):
-            for m in self.built.fsdp:
-                m.set_requires_gradient_sync(i == len(micro) - 1, recurse=False)
+            self.built.begin_microbatch(last=i == len(micro) - 1)
             self._begin(batch)
             with contextlib.nullcontext() if self.built.context is None else self.built.context.running():
                 loss, _, _ = self.loss(batch)
