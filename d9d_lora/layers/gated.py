@@ -122,12 +122,13 @@ class _Gated(torch.autograd.Function):
         x, g, u, z, z_down, now, *flat = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # each goes after its last use, unless the graph is kept
         first, wanted = _length(ctx.made[0]), ctx.needs_input_grad
-        a = ctx.act.value(g)
-        mask = _mask(now, ctx.drops[1])
+        a, mask = ctx.act.value(g), _mask(now, ctx.drops[1])
+        h, a = (a * u, a) if mask is None else (a.mul_(u), None)  # a mask takes room of its own: a is made anew after it
         down = readers_of(ctx.made[1], flat[first:])
-        dh, grads_down = gradients(a * u, z_down, [dy], down, ctx.scalings[1], mask, True, wanted[_FIRST + first :])
+        dh, grads_down = gradients(h, z_down, [dy], down, ctx.scalings[1], mask, True, wanted[_FIRST + first :])
         assert dh is not None
-        du = a.mul_(dh)
+        del h
+        du = (ctx.act.value(g) if a is None else a).mul_(dh)
         dg = ctx.act.gradient(dh.mul_(u), g)
         del g, u, a, dh
         mask = _mask(now, ctx.drops[0])
