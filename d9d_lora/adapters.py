@@ -1,7 +1,7 @@
-"""Every adapter method but its delta: which layers, wrapping them all or none, merging, undoing. A method says `delta_for(name)`."""
+"""Every adapter method but its delta: wrapping layers all or none, merging, undoing. A method says `delta_for(name)`; which: `sites.py`."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 from weakref import WeakKeyDictionary
@@ -11,26 +11,23 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from d9d_lora.dropout import Clock
-from d9d_lora.layers import AdaptedEmbedding, AdaptedGroupedLinear, AdaptedLayer, AdaptedLinear, kind_of
+from d9d_lora.layers import AdaptedLayer, AdaptedLinear
 from d9d_lora.layers.among import DEFAULT
-from d9d_lora.layers.experts import kind_of_parameter
 from d9d_lora.layers.gated import find_gated
-from d9d_lora.layers.parameter import SUFFIX, AdaptedParameter, Held, held
+from d9d_lora.layers.parameter import AdaptedParameter
 from d9d_lora.layers.readers import find_readers
 from d9d_lora.layers.shared import SharedFactor
-from d9d_lora.layers.tied import TiedHead, tie, tied_pairs, turned
+from d9d_lora.layers.tied import tie
 from d9d_lora.method import InjectionError, PeftInjectionResult, PeftMethod
 from d9d_lora.methods.delta import Delta, DoesNotFit
-from d9d_lora.mixture import routers
+from d9d_lora.sites import Site, biases_of, saved_whole, sites_of
 from d9d_lora.state.mappers import ModelStateMapper, ModelStateMapperRename
 from d9d_lora.state.names import renames
-from d9d_lora.targets import ALL_LINEAR, Targets
+from d9d_lora.targets import Targets
 from d9d_lora.walk import (
     adapted_layers,
     clock_of,
     names_of_modules,
-    output_head,
-    prefixes,
     refuse_several,
     refuse_sharded,
     refuse_tied,
@@ -55,18 +52,7 @@ class AdapterConfig(Targets):
         return self
 
 
-LINEAR = (AdaptedLinear, AdaptedGroupedLinear)  # what "all-linear" takes
 TAdapter = TypeVar("TAdapter", bound=AdapterConfig)
-
-
-@dataclass
-class Site:
-    """A layer that will be adapted: every name it is reached by (tied modules have several), and how."""
-
-    names: list[str]
-    base: nn.Module
-    layer: type[AdaptedLayer]
-    delta: Delta
 
 
 @dataclass
@@ -113,7 +99,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
     def inject(self, module: nn.Module) -> PeftInjectionResult:
         refuse_sharded(module)
         sites, passed_over = self.sites(module)
-        saved = self._modules_to_save(module)
+        saved = saved_whole(self.config, module)
         clock = clock_of(module) or Clock(self.config.seed, tensor_parallel_mesh(module))
         try:
             layers = [self.wrap(site, clock) for site in sites]  # everything that can fail has failed before the model is touched
@@ -122,7 +108,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
         except DoesNotFit as error:
             raise InjectionError(str(error)) from error
         refuse_tied(module, [(s.names, la) for s, la in zip(sites, layers) if la.delta.moves_base], "a start that moves it")
-        biases = self._biases(module, sites)
+        biases = biases_of(self.config, module, sites)
         if taken := [name for name in shared if hasattr(module, name)]:
             raise InjectionError(f"the model has {taken} already; two methods of the kind {self.kind!r} cannot share one model")
 
@@ -148,96 +134,7 @@ class AdapterMethod(PeftMethod[TAdapter]):
 
     def sites(self, module: nn.Module) -> tuple[list[Site], list[str]]:
         """The layers to adapt, and what the pattern matched beside them. Announces; changes nothing."""
-        config = self.config
-        names = names_of_modules(module)
-        head, routing = output_head(module), routers(module) if config.target_modules == ALL_LINEAR else set()
-        candidates = [n for ns, m in names for n in ns if kind_of(m) and not isinstance(m, AdaptedLayer)]
-        sites, passed_over, matched, left_alone = [], [], [], []
-        for all_names, base in names:
-            wanted = [name for name in all_names if config.wants(name)]
-            if not wanted or base is module:
-                continue
-            if isinstance(base, AdaptedLayer):
-                raise InjectionError(
-                    f"{wanted[0]} already has an adapter ({base.delta}). Name each layer in one method of the stack only, "
-                    "or merge or remove the first adapter before the second is injected."
-                )
-            kind = kind_of(base)
-            if config.target_modules == ALL_LINEAR and not (
-                kind is not None and issubclass(kind, LINEAR) and base is not head and routing.isdisjoint(all_names)
-            ):
-                continue
-            if isinstance(base, nn.MultiheadAttention) and isinstance(config.target_modules, list):
-                raise InjectionError(
-                    f"{wanted[0]} is torch's MultiheadAttention, whose projections are parameters: instead of the module, name them in "
-                    f"target_parameters: ['{wanted[0]}.in_proj_weight', '{wanted[0]}.out_proj.weight']."
-                )
-            if kind is None:
-                if isinstance(config.target_modules, list):
-                    raise InjectionError(
-                        f"{wanted[0]} is a {type(base).__name__}, which no layer kind adapts (expected a linear layer or an "
-                        "embedding). Name the layers inside it, or train it whole with modules_to_save."
-                    )
-                passed_over += wanted
-                continue
-            reason = kind.refuses(base)
-            if reason:
-                raise InjectionError(f"{wanted[0]} ({type(base).__name__}) cannot be adapted: {reason}.")
-            matched += wanted
-            delta = self.delta_for(wanted[0])
-            if delta is None:
-                left_alone += wanted
-            else:
-                sites.append(Site(all_names, base, kind, delta))
-        adapted = {id(site.base) for site in sites}
-        for all_names, parameter in self._parameters(module, names):
-            candidates += all_names
-            wanted = [name for name in all_names if config.wants_parameter(name)]
-            if not wanted:
-                continue
-            if id(parameter.host) in adapted:
-                raise InjectionError(f"{wanted[0]} is named in target_parameters, and its layer is adapted as a module too; choose one.")
-            kind = kind_of_parameter(parameter)
-            if reason := kind.refuses(parameter):
-                raise InjectionError(f"the parameter {wanted[0]} cannot be adapted: {reason}.")
-            matched += wanted
-            delta = self.delta_for(wanted[0])
-            if delta is None:
-                left_alone += wanted
-            else:
-                sites.append(Site([name + SUFFIX for name in all_names], parameter, kind, delta))
-        config.check_all_used(matched, candidates, [n for ns, _ in names for n in ns])
-        return self._tied(sites, names) if config.ensure_weight_tying else sites, passed_over + left_alone
-
-    def _tied(self, sites: list[Site], modules: list[tuple[list[str], nn.Module]]) -> list[Site]:
-        """The sites, with one adapter for an embedding and a head that share a weight, if the targets name either."""
-        found = {id(site.base): site for site in sites}
-        pairs = [pair for pair in tied_pairs(modules) if any(id(m) in found for _, m in pair)]
-        if not pairs:
-            raise InjectionError("ensure_weight_tying: the targets name no embedding or output head that shares its weight; leave it out")
-        for (names, embedding), (head_names, head) in pairs:
-            if reason := AdaptedEmbedding.refuses(embedding) or AdaptedLinear.refuses(head):
-                raise InjectionError(f"{names[0]} and {head_names[0]} cannot share an adapter: {reason}.")
-            delta = self.delta_for(names[0])
-            if delta is None or delta != self.delta_for(head_names[0]):
-                raise InjectionError(f"{names[0]} and {head_names[0]} share one adapter: give both the same rank, at least 1, and alpha.")
-            try:
-                site = Site(head_names, head, TiedHead, turned(delta))
-            except DoesNotFit as error:
-                raise InjectionError(str(error)) from error
-            sites = [s for s in sites if s.base not in (embedding, head)]
-            sites += [found.get(id(embedding)) or Site(names, embedding, AdaptedEmbedding, delta), site]
-        return sites
-
-    def _parameters(self, module: nn.Module, modules: list[tuple[list[str], nn.Module]]) -> Iterator[tuple[list[str], Held]]:
-        """Every parameter that `target_parameters` may name: its names, and itself as the base of an adapter."""
-        for names, host in modules if self.config.target_parameters else ():
-            if isinstance(host, AdaptedLayer):
-                continue
-            parent = module.get_submodule(names[0].rpartition(".")[0])
-            for parameter, p in host._parameters.items():
-                if p is not None:
-                    yield [f"{name}.{parameter}".removeprefix(".") for name in names], held(host, parameter, parent)
+        return sites_of(self.config, module, self.delta_for)
 
     def _share(self, module: nn.Module, shared: dict[str, SharedFactor], layers: Iterable[AdaptedLayer]) -> None:
         """Registers shared factors at the root, which owns and shards them; layers only refer to them."""
@@ -247,28 +144,6 @@ class AdapterMethod(PeftMethod[TAdapter]):
             layer.shared = shared
             for factor in shared.values():
                 factor.place(layer.placing.mesh)
-
-    def _modules_to_save(self, module: nn.Module) -> list[nn.Parameter]:
-        """Parameters of modules trained whole. Sharing a weight with a module that is not named would train that one too."""
-        if not self.config.modules_to_save:
-            return []
-        chosen = [m for ns, m in names_of_modules(module) if any(self.config.saves(n) for n in ns)]
-        params = {id(p): p for m in chosen for p in m.parameters()}
-        for name, p in module.named_parameters(remove_duplicate=False):
-            owner = name.rpartition(".")[0]
-            if id(p) in params and not any(self.config.saves(prefix) for prefix in prefixes(owner)):
-                raise InjectionError(
-                    f"modules_to_save: {name} is the same tensor as one of {self.config.modules_to_save}, and would be trained "
-                    "with it. Name both modules, or build the model with untied weights."
-                )
-        return list(params.values())
-
-    def _biases(self, module: nn.Module, sites: list[Site]) -> list[nn.Parameter]:
-        if self.config.bias == "all":
-            return [p for name, p in module.named_parameters() if name == "bias" or name.endswith(".bias")]
-        if self.config.bias == "lora_only":
-            return [b for site in sites if isinstance(b := getattr(site.base, "bias", None), nn.Parameter)]
-        return []
 
     # -- out -----------------------------------------------------------------------------------------------------------------
 

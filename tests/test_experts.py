@@ -164,7 +164,7 @@ def test_routers_are_adapted_by_name_only():
 
 def test_mutation_a_router_adapted_by_accident(monkeypatch):
     """Without the rule, "all-linear" takes a router that is a linear layer."""
-    monkeypatch.setattr("d9d_lora.adapters.routers", lambda module: set())
+    monkeypatch.setattr("d9d_lora.sites.routers", lambda module: set())
     from tests.test_grouped import test_all_linear_takes_experts_and_leaves_routers_alone as law
 
     with pytest.raises(AssertionError):

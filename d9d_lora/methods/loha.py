@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from torch.utils.checkpoint import checkpoint
 
-from d9d_lora.adapters import AdapterConfig, AdapterMethod, Site
+from d9d_lora.adapters import AdapterConfig, AdapterMethod
 from d9d_lora.method import InjectionError
 from d9d_lora.methods.delta import Cost, Draw, Parts
 from d9d_lora.methods.drops import Drops, DropsParameters, core, kaiming
+from d9d_lora.sites import Site
 
 
 class LoHaParameters(DropsParameters):

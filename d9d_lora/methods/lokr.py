@@ -34,11 +34,12 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, pad
 from torch.utils.checkpoint import checkpoint
 
-from d9d_lora.adapters import AdapterConfig, AdapterMethod, Site
+from d9d_lora.adapters import AdapterConfig, AdapterMethod
 from d9d_lora.method import InjectionError
 from d9d_lora.methods.delta import Cost, Draw, Parts
 from d9d_lora.methods.drops import Drops, DropsParameters, core, kaiming
 from d9d_lora.methods.loha import refuse_idle_tucker
+from d9d_lora.sites import Site
 
 
 class LoKrParameters(DropsParameters):

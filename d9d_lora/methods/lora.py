@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from d9d_lora.adapters import AdapterConfig, AdapterMethod, Site
+from d9d_lora.adapters import AdapterConfig, AdapterMethod
 from d9d_lora.dropout import Clock
 from d9d_lora.init import survey as surveys
 from d9d_lora.init.blind import draw_of
@@ -34,6 +34,7 @@ from d9d_lora.methods.lora_parameters import LoRAParameters
 from d9d_lora.methods.merged import MergedDelta, found
 from d9d_lora.mixture import top_k_of
 from d9d_lora.replicate import restack, restacked
+from d9d_lora.sites import Site
 from d9d_lora.state.reader import named_state
 from d9d_lora.thin import Thin
 

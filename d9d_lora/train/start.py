@@ -30,6 +30,7 @@ from d9d_lora.methods.delta import Delta
 from d9d_lora.methods.full_tune import FullTune
 from d9d_lora.methods.stack import PeftStack
 from d9d_lora.methods.vblora import VBLoRADelta
+from d9d_lora.sites import biases_of, saved_whole
 from d9d_lora.state.atomic import RanksFailed, decided, together
 from d9d_lora.state.native_format import METHOD, load_trained, method_of_trained
 from d9d_lora.state.native_format import WEIGHTS as TRAINED
@@ -195,7 +196,7 @@ def announced(method: PeftMethod[Any], model: nn.Module) -> dict[str, Any]:
         if isinstance(part, AdapterMethod):
             sites, _ = part.sites(model)
             found |= {site.names[0]: site.delta for site in sites}
-            beside = [*part._biases(model, sites), *part._modules_to_save(model)]
+            beside = [*biases_of(part.config, model, sites), *saved_whole(part.config, model)]
         elif isinstance(part, FullTune):
             beside = part.matched(model)
         else:
