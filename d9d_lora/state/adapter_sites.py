@@ -3,8 +3,8 @@
     PEFT directory, or one .safetensors file of PEFT's      any `peft_type` that is known (`peft_kinds/`)
     directory with method.json                              our own format (`native_format.py`)
 
-A delta is fitted to a weight of which only the shape is known, so an adapted layer is built on meta around an empty weight of that shape.
-It says the factors' names and shapes, and the format says under which keys they are. A shape can be a weight's or its transpose's; `ways`
+A delta is fitted to a weight of which only the shape is known, so an adapted layer is built around an empty weight (`shape_only.py`). It
+says the factors' names and shapes, and the format says under which keys they are. A shape can be a weight's or its transpose's; `ways`
 gives what agrees with the file.
 """
 
@@ -15,14 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from d9d_lora.adapters import AdapterMethod
-from d9d_lora.layers import AdaptedConv1D, AdaptedEmbedding, AdaptedGroupedLinear, AdaptedLayer, AdaptedLinear, GroupedLinear
-from d9d_lora.layers.conv import AdaptedConv
-from d9d_lora.layers.parameter import SUFFIX, AdaptedParameter, AdaptedStack
-from d9d_lora.layers.parameter import Held as Parameter
+from d9d_lora.layers import AdaptedLayer
+from d9d_lora.layers.parameter import SUFFIX
 from d9d_lora.layers.shared import SharedFactor
 from d9d_lora.method import PeftMethod
 from d9d_lora.methods.delta import Delta, DoesNotFit
@@ -34,7 +31,7 @@ from d9d_lora.methods.vblora import WEIGHTS as TOP
 from d9d_lora.placement import at_least_fp32
 from d9d_lora.state import expert_layouts
 from d9d_lora.state.expert_base import outline_of
-from d9d_lora.state.merge_edit import Factors, Form, Held
+from d9d_lora.state.merge_edit import Form, Held
 from d9d_lora.state.names import BASE
 from d9d_lora.state.native_format import METHOD, method_of_trained
 from d9d_lora.state.native_format import WEIGHTS as NATIVE
@@ -43,10 +40,8 @@ from d9d_lora.state.peft_kinds import DIALECTS, Dialect
 from d9d_lora.state.peft_kinds.lora_meaning import parameters_of
 from d9d_lora.state.peft_read import open_weights, read_adapter_config, reading_of
 from d9d_lora.state.safetensors_dir import CheckpointFiles, open_checkpoint
+from d9d_lora.state.shape_only import layers_of
 from d9d_lora.state.untrusted import inside
-
-_CONVS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
-Way = tuple[Form, AdaptedLayer]
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,7 @@ class Site:
     def ways(self, shape: tuple[int, ...]) -> dict[Form, AdaptedLayer]:
         """The forms in which a weight of this shape would have factors as the file has them, each with its adapted layer, on meta."""
         found: dict[Form, AdaptedLayer] = {}
-        for form, kind, base in _bases(shape, lookup=self.lookup, parameter=self.parameter, transposed=self.turned):
+        for form, kind, base in layers_of(shape, lookup=self.lookup, parameter=self.parameter, transposed=self.turned):
             try:
                 layer = kind(base, self.adapter.delta_of(self, base, kind), name=self.name, seed=0)
             except DoesNotFit:
@@ -358,48 +353,3 @@ def _native_keys(owner: str, held: set[str], layer: AdaptedLayer) -> dict[str, K
         else:
             found[factor] = Key(f"{owner}.{factor}.weight", shape)
     return found
-
-
-# -- layers of which only the shape is known ---------------------------------------------------------------------------------------------
-
-
-class _Stack(AdaptedStack):
-    """A stack whose adapter was trained in a layer that has an input, so that its config may have a dropout."""
-
-    sees_input = True
-
-
-def _bases(
-    shape: tuple[int, ...], *, lookup: bool | None, parameter: bool, transposed: bool | None
-) -> list[tuple[Form, type[AdaptedLayer], nn.Module]]:
-    """The layers, on meta, whose weight may be stored with this shape."""
-    with torch.device("meta"):
-        if parameter:
-            stacks: list[Form] = ["EOI", "EIO"] if transposed is None else ["EIO"] if transposed else ["EOI"]
-            forms: list[Form] = ["OI"] if len(shape) == 2 else stacks if len(shape) == 3 else []
-            kind = _Stack if len(shape) == 3 else AdaptedParameter
-            return [(form, kind, _parameter(shape, turned=form == "EIO")) for form in forms]
-        if lookup:
-            return [("IO", AdaptedEmbedding, nn.Embedding(*shape))] if len(shape) == 2 else []
-        if len(shape) == 2:
-            straight = nn.Linear(shape[1], shape[0], bias=False)
-            turned = nn.Module()
-            turned.weight = nn.Parameter(torch.empty(shape))
-            turned.bias = None  # type: ignore[assignment]
-            return [("OI", AdaptedLinear, straight), ("IO", AdaptedConv1D, turned)]
-        found: list[tuple[Form, type[AdaptedLayer], nn.Module]] = []
-        if len(shape) in _CONVS and 0 not in shape:
-            found.append(("OI", AdaptedConv, _CONVS[len(shape)](shape[1], shape[0], shape[2:], bias=False)))
-        if len(shape) == 3:
-            found.append(("EIO", AdaptedGroupedLinear, GroupedLinear(*shape)))
-        return found
-
-
-def _parameter(shape: tuple[int, ...], *, turned: bool) -> Parameter:
-    host = nn.Module()
-    host.register_parameter("weight", nn.Parameter(torch.empty(shape)))
-    host.is_transposed = turned  # type: ignore[assignment]
-    return Parameter(host, "weight", host)
-
-
-__all__ = ["Adapter", "Factors", "Site", "open_adapter"]
