@@ -22,6 +22,8 @@ CELLS = {  # all with dropout
     "fsdp2, dora": (2, DORA),
     "tp2_sp": (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
     "fsdp2_tp2": (4, {"parallel__tp": 2}),
+    "replicate2": (2, {"parallel__dp_replicate": 2}),
+    "pp2": (2, {"parallel__pp": 2}),
 }
 
 
@@ -69,7 +71,7 @@ def test_losses_are_those_of_one_eager_process_and_nothing_is_compiled_anew(pool
     world, degrees = CELLS[cell]
     found, graphs, breaks, left = pool.run(world, compiled, assets, tmp_path, options(cell) | degrees)[0]
     assert max(abs(a - b) / abs(b) for a, b in zip(found, eager(cell), strict=True)) < 1e-9
-    assert graphs[-1] == graphs[1], graphs  # the second step may have other lengths than the first
+    assert graphs[-1] == graphs[1] > 0, graphs  # the second step may have other lengths than the first
     assert breaks == left == {}
 
 
