@@ -36,19 +36,8 @@ def test_per_expert_is_a_pair_for_every_matrix():
     for e in range(E):
         gate, up = (b @ a for a, b in pairs[e])
         assert torch.allclose(torch.cat([gate, up]), dW[e], atol=1e-14)
-    back = layouts.from_per_expert(pairs)
-    assert torch.equal(back[0], A)
-    assert torch.equal(back[1], B)
     with pytest.raises(ValueError, match="are 7 rows, and the matrices have 8"):
         layouts.per_expert(A, B, [4, 3])
-
-
-def test_gate_and_up_with_factors_of_their_own_stay_apart():
-    pairs = [[(torch.randn(R, I), torch.randn(n, R)) for n in (GATE, UP)] for _ in range(E)]
-    wide_A, wide_B = layouts.from_per_expert(pairs)
-    assert wide_A.shape == (E, I, 2 * R)
-    for e, ((gate_A, gate_B), (up_A, up_B)) in enumerate(pairs):
-        assert torch.allclose((wide_A[e] @ wide_B[e]).T, torch.cat([gate_B @ gate_A, up_B @ up_A]), atol=1e-6)
 
 
 def test_gguf_multiplies_a_row_by_the_matrices_of_its_expert():

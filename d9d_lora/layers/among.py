@@ -1,7 +1,7 @@
 """Which of the adapters of one layer work in a forward: y = x W^T + sum over the active ones of x dW_k^T.
 
 A layer is made with one adapter, its own, called "default". Others are children `adapters.<name>` of it: layers of the same kind
-around the same base, which they refer to and do not own. `named.py` has the verbs that add, choose and delete them.
+around the same base, which they refer to and do not own. `named/` has the verbs that add, choose and delete them.
 
 Where a start was taken off the base weight (`AdaptedLayer.origin`), the base is W - dW0 as long as that adapter is in the model.
 A forward without this adapter adds x dW0^T, so that the others, and the bare base, meet the W they were made for.

@@ -61,15 +61,3 @@ def per_expert(A: Tensor, B: Tensor, slices: Sequence[int] | None = None) -> lis
     if sum(cut) != B.shape[2]:
         raise ValueError(f"slices {cut} are {sum(cut)} rows, and the matrices have {B.shape[2]}")
     return [[(A_e.T, B_k.T) for B_k in B_e.split(cut, 1)] for A_e, B_e in zip(A, B)]
-
-
-def from_per_expert(experts: Sequence[Sequence[Pair]]) -> Pair:
-    """The reverse: A[E, I, R], B[E, R, O].
-
-    Where the slices of an expert have an A of their own, they stay apart: the ranks add up, and B has blocks on a diagonal of zeros.
-    """
-    shared = all(torch.equal(A, one[0][0]) for one in experts for A, _ in one)
-    if shared:
-        return torch.stack([one[0][0].T for one in experts]), torch.stack([torch.cat([B for _, B in one]).T for one in experts])
-    wide = torch.stack([torch.cat([A for A, _ in one]).T for one in experts])
-    return wide, torch.stack([torch.block_diag(*(B.T for _, B in one)) for one in experts])

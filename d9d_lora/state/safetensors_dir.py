@@ -98,9 +98,6 @@ class CheckpointFiles:
     def files(self) -> list[Path]:
         return list(self._files)
 
-    def file_of(self, name: str) -> Path:
-        return self._entry(name).file
-
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
