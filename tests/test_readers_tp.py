@@ -85,6 +85,7 @@ class Case:
     shard: int = 1
     one: bool = True
     sequence: bool = False
+    column: str = "gathered"
     inject_first: bool = False
     summed: bool = True
     params: dict[str, Any] = field(default_factory=dict)
@@ -136,11 +137,14 @@ def build(case, mesh=None):
     inject_peft_and_freeze(method, model)
     if mesh is not None and case.inject_first:
         split()
+    if case.change == "each gathered alone":
+        for layer in adapted_layers(model):
+            fully_shard(layer, mesh=mesh["dp_shard"])
     if case.shard > 1:
         fully_shard(model.block, mesh=mesh["dp_shard"])
         fully_shard(model, mesh=mesh["dp_shard"])
         sum_gradients(model)
-    take_column_path(model, ColumnPath("gathered"))
+    take_column_path(model, ColumnPath(case.column))
     method.initialise(model)
     wake(model)
     if case.alone:
@@ -188,7 +192,8 @@ def backward(model, case, step, dp=(0, 1), tp=(0, 1)):
 
 def law(rank, case, mutation=""):
     """Loss, gradients of x and of every factor, and weights after two steps are those of one process."""
-    one = Case(params=case.params, bias=case.bias, quantised=case.quantised, change=case.change, alone=True)
+    change = case.change if case.change in CHANGES else ""
+    one = Case(params=case.params, bias=case.bias, quantised=case.quantised, change=change, alone=True)
     mesh = mesh_of(case)
     reference, model = build(one), build(case, mesh)
     total = ReplicatedSum(adapted_layers(model)) if case.summed else None
@@ -260,6 +265,8 @@ IN_PARTS = {
     "packed with a bias": (Case(tp=2, quantised=True, bias=True), [3, 2], 0),
     "a hook of another kind": (Case(tp=2, change="doubled"), [3, 2], 0),
     "whole between": (Case(tp=2, change="whole between"), [3, 2], 0),
+    "rank space": (Case(tp=2, sequence=True, column="rank_space"), [], 0),
+    "each gathered alone": (Case(tp=2, shard=2, change="each gathered alone"), [], 0),
     "another gradient": (Case(tp=2, one=False, change="another gradient"), [3, 3, 3], 1),  # each of q, k, v computes all in vain
     "another x": (Case(tp=2, one=False, change="another x"), [3, 3, 3], 1),
 }
