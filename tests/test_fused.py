@@ -86,8 +86,8 @@ def test_beyond_the_frozen_layer_there_are_six_thin_products(dropout):
 def test_mutation_a_copy_of_x_for_each_reader_is_counted(monkeypatch):
     model = adapt(Readers(), lora(["q", "k", "v"], params={"r": 2, "alpha": 4}))
 
-    def copying(self, given, x, bias, *, parts):
-        return linear(x, self.weight_here(), bias) + self.update(x * 1, self.parts(x.dtype, parts=parts))
+    def copying(self, x, h, *, parts):
+        return linear(h, self.weight_here()) + self.update(h * 1, self.parts(h.dtype, parts=parts))
 
     monkeypatch.setattr(AdaptedLinear, "fused", copying)
     x = torch.randn(5, 16, requires_grad=True)

@@ -125,9 +125,42 @@ def test_mutation_an_output_for_another_x_is_handed_out(monkeypatch):
     for (block,) in (model, alone):
         block.k.register_forward_pre_hook(doubled)
     product = readers.Readers.product
-    monkeypatch.setattr(readers.Readers, "product", lambda self, layer, x, h: product(self, layer, *(self._x[:2] if self._x else (x, h))))
+    made = lambda self, x, h: next(((m.x, m.here) for m in self._made.values()), (x, h))  # noqa: E731
+    monkeypatch.setattr(readers.Readers, "product", lambda self, layer, x, h: product(self, layer, *made(self, x, h)))
     x = torch.randn(5, 16, dtype=torch.float64)
     assert not torch.allclose(model(x), alone(x))
+
+
+@pytest.mark.parametrize("write", ["factor", "clock", "x", "another factor"])
+def test_an_output_that_nobody_fetched_is_not_handed_out_after_a_write(write):
+    model, alone = both({"r": 2, "dropout": 0.5})
+    ys = []
+    for m in (model, alone):
+        x = torch.ones(3, 16, dtype=torch.float64)
+        m(x)  # the clock ticks
+        m[0].q(x)
+        with torch.no_grad():
+            if write == "factor":
+                m[0].k.lora_B.weight.add_(1)
+            elif write == "another factor":
+                m[0].k.lora_B.weight = nn.Parameter(m[0].k.lora_B.weight + 1)
+            elif write == "clock":
+                m[0].k.dropout.clock.set(7)
+            else:
+                x.add_(1)
+        ys.append(m[0].k(x))
+    assert torch.allclose(*ys, atol=1e-10)
+
+
+def test_outputs_may_be_written_into():
+    model, alone = both({"r": 2})
+    x = torch.ones(2, 3, 16, dtype=torch.float64)
+    grads = []
+    for m in (model, alone):
+        block = m[0]
+        (block.q(x).square_().sum() + (block.k(x).mul_(2) * block.v(x)).sum()).backward()
+        grads.append(block.k.lora_B.weight.grad)
+    assert torch.allclose(*grads)
 
 
 def test_a_recomputed_block_is_the_same():

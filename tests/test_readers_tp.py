@@ -224,7 +224,7 @@ def mutated(mutation):
             return mock.patch.object(readers, "_outline", return_value=0)
         case "gradients are no parts":
             real = AdaptedLinear.reader
-            return mock.patch.object(AdaptedLinear, "reader", lambda self, dtype, bias, parts=False: real(self, dtype, bias))
+            return mock.patch.object(AdaptedLinear, "reader", lambda self, dtype, *, parts: real(self, dtype, parts=False))
         case "any hook will do":
             return mock.patch.object(gated, "ends_of", lambda layer, real=gated.ends_of: real(without_hooks_of_others(layer)))
     return nullcontext()

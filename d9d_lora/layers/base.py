@@ -184,11 +184,12 @@ class AdaptedLayer(nn.Module):
         return Thin(self.base.weight, self.weight_axes)  # type: ignore[arg-type]
 
     def factor(self, name: str) -> nn.Parameter:
-        return self._modules[name].weight  # type: ignore[union-attr,return-value]
+        return self._modules[name]._parameters["weight"]  # type: ignore[union-attr,return-value]
 
     def factors(self) -> dict[str, nn.Parameter]:
         """The layer's own factors as parameters, by name."""
-        return {name: self.factor(name) for name in self.delta.axes}
+        modules: dict[str, Any] = self._modules
+        return {name: modules[name]._parameters["weight"] for name in self.delta.axes}
 
     def parts(self, dtype: torch.dtype | None, *, parts: bool) -> Parts:
         """This rank's part of every factor, in the dtype the layer computes in: factors are small, so they are cast and x never is.
@@ -200,6 +201,13 @@ class AdaptedLayer(nn.Module):
         f |= {name: self.shared[name].local(parts=parts) for name in self.delta.shared}
         f = {name: t if dtype is None or name in kept else t.to(dtype) for name, t in f.items()}
         return Parts(f, *self.box_here(), self.dropout if self.training else None)
+
+    def pair(self, dtype: torch.dtype, *, parts: bool) -> tuple[Tensor, Tensor]:
+        """This rank's part of (B[O,R], A[R,I]), for a step that casts what it is given."""
+        if self.placing.mesh is None and self.delta.bare is not None:
+            B, A = self.delta.bare
+            return self.factor(B), self.factor(A)
+        return self.delta.factors_in(self.parts(None, parts=parts), dtype)
 
     def box_here(self) -> tuple[slice, slice]:
         """The rows and columns of the matrix that this rank computes with: FSDP2's shards are whole by then."""
@@ -501,7 +509,7 @@ class AdaptedLayer(nn.Module):
 
     def refuse_unstarted(self) -> None:
         """[Note: started]"""
-        for adapter, _, _ in self.at_work():
+        for adapter in [self] if self.works_alone() else [work.adapter for work in self.at_work()]:
             if not adapter.started and (adapter.delta.from_the_weight or adapter.delta.moves_base):
                 raise RuntimeError(
                     f"{adapter.name or type(self).__name__} ({adapter.delta}) starts from the base weight and has not been started: call "
@@ -512,9 +520,10 @@ class AdaptedLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """What is not ours is the base's: models read `.weight`, `.in_features` or `.embedding_dim` of their layers."""
-        child = self.__dict__.get("_modules", {}).get(name)
-        if child is not None:  # the way of `self.base` and of every factor, at each forward
-            return child
+        try:
+            return self.__dict__["_modules"][name]  # the way of `self.base` and of every factor, at each forward
+        except KeyError:
+            pass
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -545,6 +554,11 @@ def refuses_weight(module: nn.Module) -> str | None:
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}; expected floating point (a quantised base needs a layer kind of its own)"
     return None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its forward. The other dictionaries of `HOOKS` say how those in these two are called."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:

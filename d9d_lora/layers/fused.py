@@ -27,6 +27,8 @@ from torch.nn.functional import linear
 from d9d_lora.dropout import Mask
 
 Restore = Callable[..., Tensor]
+# To autograd not a view: a model may not write into a view that came out of a Function.
+_reshape = torch.ops.aten._unsafe_view.default
 
 
 def as_it_is(W: Tensor) -> Tensor:
@@ -105,14 +107,13 @@ def mask_at(now: Tensor | None, drop: Any) -> Mask | None:
 def products(x: Tensor, readers: Sequence[Reader], scaling: float, mask: Mask | None) -> tuple[list[Tensor], Tensor]:
     """y of every reader, and s z[N, R] of all."""
     rows = x.reshape(-1, x.shape[-1])
-    rows = rows if mask is None else mask.keep(rows)[0]
+    read = rows if mask is None else mask.keep(rows)[0]
     A = _stacked(readers, x.dtype)
-    z = rows.new_empty(len(rows), len(A)).addmm_(rows, A.T, beta=0, alpha=_scale(scaling, mask))
+    z = read.new_empty(rows.shape[0], A.shape[0]).addmm_(read, A.T, beta=0, alpha=_scale(scaling, mask))
     ys = []
-    for r, z_r in zip(readers, z.split([r.A.shape[0] for r in readers], 1)):
-        y = linear(x, r.restore(*r.weight), r.bias)
-        y.view(-1, y.shape[-1]).addmm_(z_r, r.B.to(x.dtype).T)
-        ys.append(y)
+    for r, z_r in zip(readers, _columns(z, readers)):
+        y = linear(rows, r.restore(*r.weight), r.bias).addmm_(z_r, r.B.to(x.dtype).T)
+        ys.append(y if x.ndim == 2 else _reshape(y, (*x.shape[:-1], y.shape[1])))
     return ys, z
 
 
@@ -129,31 +130,32 @@ def gradients(
     """dx, and the gradients of what `made_of` lists; `wanted` says of which."""
     s, rows = _scale(scaling, mask), x.reshape(-1, x.shape[-1])
     grads: list[Tensor | None] = [None] * len(wanted)
-    dx, at, rank, places = None, 0, 0, []
-    u = torch.zeros_like(z) if any(dy is None for dy in dys) else torch.empty_like(z)
-    for r, dy in zip(readers, dys):
-        here = slice(rank, rank := rank + r.A.shape[0])
-        if dy is not None:
+    dx, at, places = None, 0, []
+    u = torch.empty_like(z)
+    for r, dy, z_r, u_r in zip(readers, dys, _columns(z, readers), _columns(u, readers)):
+        if dy is None:
+            u_r.zero_()
+        else:
             dy = dy.reshape(-1, dy.shape[-1])
-            u[:, here].addmm_(dy, r.B.to(dy.dtype), beta=0, alpha=s)
+            u_r.addmm_(dy, r.B.to(dy.dtype), beta=0, alpha=s)
             if wanted[at]:
                 grads[at] = dy.sum(0)
             if wanted[at + 2]:
-                grads[at + 2] = (dy.T @ z[:, here]).to(r.B.dtype)
+                grads[at + 2] = torch.mm(dy.T, z_r).to(r.B.dtype)
             if for_x:
                 W = r.restore(*r.weight)
-                dx = dy @ W if dx is None else dx.addmm_(dy, W)
+                dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
         places.append(at + 1)
         at += 3 + len(r.weight)
     A, share = _stacked(readers, x.dtype), []
     if mask is not None:
-        rows, *share = mask.keep(rows, *(() if dx is None else (u @ A,)))  # the mask is made once for both
+        rows, *share = mask.keep(rows, *(() if dx is None else (torch.mm(u, A),)))  # the mask is made once for both
     if dx is not None:
         dx = dx.add_(share[0]) if share else dx.addmm_(u, A)
         dx = dx.view_as(x)
     if any(wanted[i] for i in places):
-        dA = (u.T @ rows).to(readers[0].A.dtype)
-        for i, part in zip(places, dA.split([r.A.shape[0] for r in readers])):
+        dA = torch.mm(u.T, rows).to(readers[0].A.dtype)
+        for i, part in zip(places, [dA] if len(places) == 1 else dA.split_with_sizes([r.A.shape[0] for r in readers])):
             grads[i] = part if wanted[i] else None
     return dx, grads
 
@@ -164,5 +166,14 @@ def _scale(scaling: float, mask: Mask | None) -> float:
 
 def _stacked(readers: Sequence[Reader], dtype: torch.dtype) -> Tensor:
     """A of all readers, [R, I], to compute with."""
-    As = [r.A.to(dtype) for r in readers]
-    return As[0] if len(As) == 1 else torch.cat(As)
+    if len(readers) == 1:
+        return readers[0].A.to(dtype)
+    ranks = [r.A.shape[0] for r in readers]
+    A = readers[0].A.new_empty(sum(ranks), readers[0].A.shape[1], dtype=dtype)
+    torch._foreach_copy_(A.split_with_sizes(ranks), [r.A for r in readers])
+    return A
+
+
+def _columns(z: Tensor, readers: Sequence[Reader]) -> Sequence[Tensor]:
+    """z[N, R] of each reader."""
+    return [z] if len(readers) == 1 else z.split_with_sizes([r.A.shape[0] for r in readers], 1)

@@ -28,13 +28,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import Replicate
 
-from d9d_lora.layers.base import HOOKS
+from d9d_lora.layers.base import is_hooked
 from d9d_lora.layers.fused import gradients, made_of, mask_at, products, readers_of
 from d9d_lora.layers.linear import AdaptedLinear
 from d9d_lora.layers.rank_space import reading
 from d9d_lora.layers.styled import Ends, ends_of
-
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 class Names(NamedTuple):
@@ -67,14 +65,14 @@ class GatedForward:
         layers = (gate, up, down)
         if not all(isinstance(m, AdaptedLinear) for m in layers) or activation_of(act) is None:
             return None
-        if any(getattr(m, hooks) for m in (*layers, act) for hooks in _BACKWARD_HOOKS) or any(getattr(act, hooks) for hooks in HOOKS):
+        if any(m._backward_hooks or m._backward_pre_hooks for m in (*layers, act)) or is_hooked(act):
             return None
         if gate.readers is None or not gate.readers.together([gate, up], x) or not down.fuses_here(x):
             return None
         if not all(m.adds_bias_inside() or (m.base.bias is None and not m.has_gain_at_work()) for m in layers):
             return None
         if gate.placing.mesh is None and down.placing.mesh is None:
-            return None if any(getattr(m, hooks) for m in layers for hooks in HOOKS) else ()
+            return None if any(map(is_hooked, layers)) else ()
         return self._between_styles(x, *layers)
 
     def _between_styles(self, x: Tensor, gate: AdaptedLinear, up: AdaptedLinear, down: AdaptedLinear) -> Sequence[Ends] | None:

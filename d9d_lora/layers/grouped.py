@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from d9d_lora.dropout import AdapterDropout
 from d9d_lora.layers.among import Work
-from d9d_lora.layers.base import HOOKS, refuses_weight
+from d9d_lora.layers.base import is_hooked, refuses_weight
 from d9d_lora.layers.gained import gained_rows
 from d9d_lora.layers.grouped_mm import Groups, grouped_mm, thin_mm
 from d9d_lora.layers.stacked import Stacked
@@ -155,5 +155,5 @@ class AdaptedGroupedLinear(AdaptedProduct):
 
     def fuses(self) -> bool:
         """d9d's layer is called, for its kernels; and any layer that does more than its class."""
-        plain = type(self.base).forward is GroupedLinear.forward and not any(getattr(self.base, hooks) for hooks in HOOKS)
+        plain = type(self.base).forward is GroupedLinear.forward and not is_hooked(self.base)
         return plain and super().fuses()

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from d9d_lora.dropout import Mask
 from d9d_lora.layers.among import Work
-from d9d_lora.layers.base import HOOKS, AdaptedLayer, refuses_weight
+from d9d_lora.layers.base import AdaptedLayer, is_hooked, refuses_weight
 from d9d_lora.layers.chooser import ColumnPath
 from d9d_lora.layers.fused import Reader, Restore, as_it_is, fused
 from d9d_lora.layers.gained import gained
@@ -45,10 +45,12 @@ class AdaptedLinear(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]. Under tensor parallelism x and y are DTensors in the states of the base."""
+        fuse = self.fuses(x)
+        if fuse and self.started and self.placing.mesh is None and self.adds_bias_inside():
+            return self.fused(x, x, parts=False)  # most calls: few lines of Python up to here
         if (other := self.stand_in()) is not None:
             return other(x)  # type: ignore[no-any-return]
         self.refuse_unstarted()
-        fuse = self.fuses(x)
         if self.placing.mesh is None and not fuse and not self.has_gain_at_work():
             return self.plus_updates(self.base(x), x, None)
         wanted: Placement | None = {"O": Replicate(), "I": Shard(x.ndim - 1), None: None}[self.placing.letter]
@@ -56,20 +58,18 @@ class AdaptedLinear(AdaptedLayer):
         if self.placing.letter is None:
             self.saw_part_of_tokens = parts
         gain = self.has_gain_at_work()
-        bias = self.bias_here(parts=parts)
-        inside = bias if self.adds_bias_inside() else None
         r = reading(self, x, fuses=fuse)
         if r is not None:
-            y = columns(h, inside, r, *self.weight_to_restore(h.dtype))
+            y = columns(h, self.bias_inside(parts=parts), r, *self.weight_to_restore(h.dtype))
         elif fuse:
-            y = self.fused(x, h, inside, parts=parts)
+            y = self.fused(x, h, parts=parts)
         elif gain:
             y = self.product(h) + self.update(h, self.parts(None, parts=parts))
         else:
-            y = self.plus_updates(self.product(h, inside), h, None, parts=parts)
+            y = self.plus_updates(self.product(h, self.bias_inside(parts=parts)), h, None, parts=parts)
         if gain:
             y = gained(y, self.gain(self.parts(None, parts=parts)))
-        if bias is not None and inside is None:
+        if not self.adds_bias_inside() and (bias := self.bias_here(parts=parts)) is not None:
             y = y + bias.to(y.dtype)
         return self.placing.leave(y, x, self.out_size)
 
@@ -86,32 +86,27 @@ class AdaptedLinear(AdaptedLayer):
         if self.training and self.dropout.p and self.dropout.clock is None:
             return False
         base = self.base
-        plain = type(base).forward is self.plain_forward() and not any(getattr(base, hooks) for hooks in HOOKS)
-        return plain and not base.weight.requires_grad  # type: ignore[union-attr]
+        return type(base).forward is self.plain_forward() and not is_hooked(base) and not base.weight.requires_grad  # type: ignore[union-attr]
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Any]:
         """The forward that `product` stands in for."""
         return nn.Linear.forward
 
-    def fused(self, x: Tensor, h: Tensor, bias: Tensor | None, *, parts: bool) -> Tensor:
-        """x W^T + b + drop(x) dW^T on this rank's part, h, of x."""
-        if self.readers is not None and not torch.compiler.is_compiling():
-            y = self.readers.product(self, x, h)
-            if y is not None:
-                return y
-        return fused(h, [self.reader(h.dtype, bias, parts=parts)], self.delta.scaling, self.mask_of(h))[0]
+    def fused(self, x: Tensor, h: Tensor, *, parts: bool) -> Tensor:
+        """x W^T + b + drop(x) dW^T on this rank's part, h, of x: together with the other readers of x, if there are any."""
+        y = None if self.readers is None or torch.compiler.is_compiling() else self.readers.product(self, x, h)
+        return fused(h, [self.reader(h.dtype, parts=parts)], self.delta.scaling, self.mask_of(h))[0] if y is None else y
 
-    def reader(self, dtype: torch.dtype, bias: Tensor | None, *, parts: bool = False) -> Reader:
+    def reader(self, dtype: torch.dtype, *, parts: bool) -> Reader:
         """This layer as `fused` takes it."""
-        B, A = self.delta.factors_in(self.parts(None, parts=parts), dtype)
+        B, A = self.pair(dtype, parts=parts)
         weight, restore = self.weight_to_restore(dtype)
-        return Reader(weight, bias, A, B, restore)
+        return Reader(weight, self.bias_inside(parts=parts), A, B, restore)
 
     def as_reader(self, dtype: torch.dtype) -> Reader:
-        """The same, with the bias that its product adds, where `fuses_here`."""
-        parts = self.placing.letter is not None
-        return self.reader(dtype, self.bias_here(parts=parts) if self.adds_bias_inside() else None, parts=parts)
+        """The same, where `fuses_here`."""
+        return self.reader(dtype, parts=self.placing.letter is not None)
 
     def fuses_here(self, x: Tensor) -> bool:
         """Whether its product may be taken outside its own forward: with its weight at hand, in columns, rows or whole. Under
@@ -125,6 +120,11 @@ class AdaptedLinear(AdaptedLayer):
 
     def mask_of(self, x: Tensor) -> Mask | None:
         return self.dropout.mask(x) if self.training and self.dropout.p else None
+
+    def weight_here(self) -> Tensor:
+        if self.placing.mesh is None and self.weight_axes == "OI":
+            return self.base.weight  # type: ignore[return-value]
+        return super().weight_here()
 
     def weight_to_restore(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Restore]:
         """What the weight here is made of, and how it is made whole."""
@@ -153,6 +153,10 @@ class AdaptedLinear(AdaptedLayer):
             return y
         shift = self.delta.shift(f).to(y.dtype)
         return y + (shift if self.placing.is_first() else shift * 0)  # once in a Partial sum, as `bias_here`
+
+    def bias_inside(self, *, parts: bool) -> Tensor | None:
+        """The bias that is added by the product; None: it comes after, or there is none."""
+        return self.bias_here(parts=parts) if self.adds_bias_inside() else None
 
     def bias_here(self, *, parts: bool) -> Tensor | None:
         """This rank's part of the base's bias. A row-parallel one enters the Partial sum once, on the first rank."""

@@ -19,7 +19,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,7 @@ class Readers:
     def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
         self.parent = parent
         self.names = names
-        self._x: tuple[Tensor, Tensor, tuple[int, ...]] | None = None
-        self._made: dict[str, Tensor] = {}
+        self._made: dict[int, Made] = {}
 
     def layers(self) -> list[Any]:
         return [self.parent._modules.get(name) for name in self.names]
@@ -55,43 +54,54 @@ class Readers:
         """
         if not torch.is_grad_enabled() or x.is_inference():
             return None  # there is no backward to share
+        made = self._made.pop(id(layer), None)
+        if made is not None and made.writes == _writes(layer, here) and _is_one(made.x, made.here, x, here):
+            return made.y
+        self._made = {}
         layers = self.layers()
-        name = self.names[next(i for i, m in enumerate(layers) if m is layer)]
-        now = self._writes(layers, here)
-        if self._x is None or self._x[2] != now or name not in self._made or not _is_one(*self._x[:2], x, here):
-            self._made, self._x = {}, None
-            if not self.together(layers, x):
-                return None
-            readers = [m.as_reader(here.dtype) for m in layers]
-            self._made = dict(zip(self.names, fused(here, readers, layers[0].delta.scaling, layers[0].mask_of(here))))
-            self._x = (x, here, now)
-        y = self._made.pop(name)
-        if not self._made:
-            self._x = None
-        return y
+        if not self.together(layers, x, asked=layer):
+            return None
+        ys = fused(here, [m.as_reader(here.dtype) for m in layers], layer.delta.scaling, layer.mask_of(here))
+        self._made = {id(m): Made(x, here, y, _writes(m, here)) for m, y in zip(layers, ys)}
+        return self._made.pop(id(layer)).y
 
-    def _writes(self, layers: list[Any], x: Tensor) -> tuple[int, ...]:
-        """Changes with every write into x, a factor or the clock: an output that nobody fetched must not be handed out in a later step."""
-        clock = layers[0].dropout.clock if hasattr(layers[0], "dropout") else None
-        factors = [p for m in layers for p in (m.factors().values() if hasattr(m, "factors") else ())]
-        return x._version, -1 if clock is None else clock.now._version, *(p._version for p in factors)
-
-    def together(self, layers: list[Any], x: Tensor) -> bool:
-        """Whether these layers can compute together on x."""
+    def together(self, layers: list[Any], x: Tensor, asked: "AdaptedLinear | None" = None) -> bool:
+        """Whether these layers can compute together on x; of the one that was `asked` it is known that it is fused."""
         first = layers[0]
-        return first.placing.letter in (None, "O") and all(
-            getattr(other, "readers", None) is self
-            and other.placing == first.placing
-            and other.fuses_here(x)
-            and other.delta.scaling == first.delta.scaling
-            and other.training == first.training
-            and (other.dropout.p, other.dropout.key) == (first.dropout.p, first.dropout.key)
-            for other in layers
-        )
+        for other in layers:
+            if getattr(other, "readers", None) is not self or (other is not asked and not other.fuses_here(x)):
+                return False
+            if other is not first and not _alike(other, first):
+                return False
+        return first.placing.letter in (None, "O")
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model begins between two forwards."""
-        return {**self.__dict__, "_x": None, "_made": {}}
+        return {**self.__dict__, "_made": {}}
+
+
+class Made(NamedTuple):
+    """An output that waits for its layer to be called with x, of which this rank's part is `here`."""
+
+    x: Tensor
+    here: Tensor
+    y: Tensor
+    writes: list[int]
+
+
+def _alike(a: "AdaptedLinear", b: "AdaptedLinear") -> bool:
+    """Whether they have the same columns of x, one scale and one mask."""
+    mask = a.dropout.p == b.dropout.p and (not a.dropout.p or a.dropout.key == b.dropout.key)
+    return mask and a.training == b.training and a.delta.scaling == b.delta.scaling and a.placing == b.placing
+
+
+def _writes(layer: "AdaptedLinear", x: Tensor) -> list[int]:
+    """Changes with every write into x, a factor or the clock: an output that nobody fetched must not be handed out in a later step."""
+    clock = layer.dropout.clock
+    writes = [x._version, -1 if clock is None else clock.now._version]
+    for p in layer.factors().values():
+        writes += id(p), p._version
+    return writes
 
 
 def _is_one(x: Tensor, x_here: Tensor, y: Tensor, y_here: Tensor) -> bool:

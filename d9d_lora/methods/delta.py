@@ -103,6 +103,8 @@ class Delta(ABC):
     """Whether the update is x -> s x A^T B^T with `factors` of few rows, and nothing else: it may then be fused with the base's product."""
     makes: str = ""
     """Which of `factors`, "A", "B" or "AB", are made anew of the parts, and not the parts themselves or views of them."""
+    bare: tuple[str, str] | None = None
+    """The names of B and A, where `factors` gives two parameters as they are; every forward asks."""
     loftq_iter: int = 0
     """How often LoftQ alternates, if `lora_A` and `lora_B` start from the error of a quantised base (`init/loftq.py`)."""
 

@@ -42,6 +42,10 @@ class DoRADelta(Around):
         return self.low.thin
 
     @property
+    def bare(self) -> tuple[str, str] | None:  # type: ignore[override]
+        return self.low.bare
+
+    @property
     def loftq_iter(self) -> int:  # type: ignore[override]
         return self.low.loftq_iter
 

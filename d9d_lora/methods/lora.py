@@ -82,6 +82,7 @@ class LoRADelta(Delta):
     given: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # factors that a survey of the data has found
     kind = "lora"
     thin = True
+    bare = ("lora_B", "lora_A")
 
     @property
     def scaling(self) -> float:  # type: ignore[override]
