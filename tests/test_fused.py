@@ -63,6 +63,14 @@ def test_the_backward_draws_the_mask_of_its_forward_again():
     assert torch.allclose(dA, expected)
 
 
+def test_a_gradient_of_a_gradient_is_refused():
+    model = adapt(Readers(), lora(["q", "k", "v"], params={"r": 2, "alpha": 4}))
+    x = torch.randn(5, 16, requires_grad=True)
+    (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        dx.sum().backward()
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_x_is_kept_once_for_all_its_readers_and_nothing_else_but_z(dropout):
     model = adapt(Readers(), lora(["q", "k", "v"], params={"r": 2, "alpha": 4, "dropout": dropout}))

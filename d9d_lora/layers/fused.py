@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import once_differentiable as _once_differentiable
 from torch.nn.functional import linear
 
 from d9d_lora.dropout import Mask
@@ -29,6 +29,16 @@ from d9d_lora.dropout import Mask
 Restore = Callable[..., Tensor]
 # To autograd not a view: a model may not write into a view that came out of a Function.
 _reshape = torch.ops.aten._unsafe_view.default
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch's, which also turns gradients off, where they are on: `create_graph` alone has them on in a backward."""
+    guarded = _once_differentiable(backward)
+
+    def run(ctx: Any, *dys: Any) -> Any:
+        return guarded(ctx, *dys) if torch.is_grad_enabled() else backward(ctx, *dys)
+
+    return run
 
 
 def as_it_is(W: Tensor) -> Tensor:

@@ -79,14 +79,16 @@ class AdaptedLinear(AdaptedLayer):
 
     def fuses(self, x: Tensor) -> bool:
         """Whether base and update can be one step of autograd: one thin update beside a frozen base that is called as its class is."""
-        if not self.delta.thin or self.delta.has_shift or torch.is_autocast_enabled(x.device.type):
+        delta, base = self.delta, self.base
+        if not delta.thin or delta.has_shift or base.weight.requires_grad or is_hooked(base):  # type: ignore[union-attr]
+            return False
+        if type(base).forward is not self.plain_forward():
             return False
         if not self.works_alone() and self.at_work() != [Work(self)]:
             return False
-        if self.training and self.dropout.p and self.dropout.clock is None:
+        if delta.dropout and self.training and self.dropout.p and self.dropout.clock is None:
             return False
-        base = self.base
-        return type(base).forward is self.plain_forward() and not is_hooked(base) and not base.weight.requires_grad  # type: ignore[union-attr]
+        return not torch.is_autocast_enabled(x.device.type)
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Any]:
