@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from d9d_lora import peft_method_from_config
 from d9d_lora.layers import readers
 from d9d_lora.layers.readers import calls_with_one_argument
 from d9d_lora.measure import saved_bytes
@@ -150,6 +151,19 @@ def test_an_output_that_nobody_fetched_is_not_handed_out_after_a_write(write):
                 x.add_(1)
         ys.append(m[0].k(x))
     assert torch.allclose(*ys, atol=1e-10)
+
+
+def test_nor_after_a_write_into_a_factor_that_layers_share():
+    params = {"r": 3, "num_vectors": 7, "vector_length": 4, "topk": 2}
+    method = peft_method_from_config({"kind": "vblora", "target_modules": ["q", "k"], "params": params})
+    model = adapt(nn.Sequential(Attention()), method)
+    block, x = model[0], torch.ones(3, 16)
+    block.q(x)
+    with torch.no_grad():
+        next(iter(block.k.shared.values())).weight.add_(1)
+    handed_out = block.k(x)
+    assert torch.equal(handed_out, block.k(x))
+    assert block.k.readers is block.q.readers is not None
 
 
 def test_outputs_may_be_written_into():

@@ -99,7 +99,7 @@ def _writes(layer: "AdaptedLinear", x: Tensor) -> list[int]:
     """Changes with every write into x, a factor or the clock: an output that nobody fetched must not be handed out in a later step."""
     clock = layer.dropout.clock
     writes = [x._version, -1 if clock is None else clock.now._version]
-    for p in layer.factors().values():
+    for p in (*layer.factors().values(), *(shared.weight for shared in layer.shared.values())):
         writes += id(p), p._version
     return writes
 
