@@ -445,6 +445,10 @@ def main(arguments: dict[str, str]) -> None:
     ]
     for s, layout in product(settings, layouts):
         check_heads(s.shape, layout)
+    if arguments["output"]:  # checked before the minutes it takes
+        if "single" not in layouts:
+            raise UsageError("output= wants the timed rows too: put single among the layouts")
+        Path(arguments["output"]).mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     if "single" in layouts:
         print(HEAD, flush=True)
@@ -462,8 +466,6 @@ def main(arguments: dict[str, str]) -> None:
                 counts.append(counted)
                 print(counted_line(counted), flush=True)
     if arguments["output"]:
-        if not rows:
-            raise UsageError("output= wants the timed rows too: put single among the layouts")
         write(rows, counts, tokens, turns, Path(arguments["output"]) / arguments["page"], device)
 
 
