@@ -1,5 +1,6 @@
 """The counts that the benchmarks print: collectives by kind and bytes, and the bench itself on a layer of its own."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -8,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from d9d_lora.keyvalue import UsageError
 from d9d_lora.measure import flops, traffic
 from d9d_lora.plan.ledger import SCALARS, Ledger
 from launch import bench
@@ -98,3 +100,18 @@ def test_a_peer_is_faster_only_beyond_doubt():
     assert bench.median_interval([float(i) for i in reversed(range(n))]) == (5.0, 14.0)
     assert "slower" in bench.verdict([1.01, 1.02] * 10)
     assert "slower" not in bench.verdict([0.99, 1.02] * 10)
+
+
+def test_where_the_page_goes_is_checked_before_anything_is_measured(tmp_path, monkeypatch):
+    def measured(*_):
+        raise RuntimeError("measured")
+
+    folder = tmp_path / "new" / "folder"
+    arguments = {name: key.default for name, key in bench.KEYS.items()} | {"contenders": "d9d_lora", "output": str(folder)}
+    monkeypatch.setattr(bench, "measure", measured)
+    monkeypatch.setattr(bench, "count", measured)
+    with pytest.raises(UsageError, match="single"):
+        bench.main(arguments | {"layouts": "fsdp2"})
+    with pytest.raises(RuntimeError, match="measured"):
+        bench.main(arguments)
+    assert folder.is_dir()

@@ -86,7 +86,7 @@ class AdaptedLinear(AdaptedLayer):
             return False
         if not self.works_alone() and self.at_work() != [Work(self)]:
             return False
-        if delta.dropout and self.training and self.dropout.p and self.dropout.clock is None:
+        if self.training and self.dropout.p and self.dropout.clock is None:
             return False
         return not torch.is_autocast_enabled(x.device.type)
 
